@@ -1,0 +1,49 @@
+# mmfer: `make train` runs the course's main job, `make test` checks everything. Both set themselves up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+DATA ?=
+PRESET ?= tiny
+SEED ?= 0
+ACTORS ?= 10
+CORPUS := $(if $(DATA),$(abspath $(DATA)),$(CURDIR)/data/toy)
+NAME ?= $(notdir $(CORPUS))-$(PRESET)
+RUN := $(CURDIR)/runs/$(NAME)
+
+.PHONY: help train test lab docs readme clean
+
+help:
+	@echo "make train                      train on a toy corpus that is made first; results in runs/toy-tiny"
+	@echo "make train DATA=dir PRESET=name train on clips with RAVDESS names; results in runs/<dir>-<name>"
+	@echo "make test                       check notebooks, library, README and command line"
+	@echo "make lab                        open the chapters in JupyterLab"
+	@echo "make docs                       build the site into site/"
+
+$(READY): settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+train: $(READY)
+	$(if $(DATA),,$(BIN)/mmfer toy $(CORPUS) --actors $(ACTORS) --seed 0)
+	mkdir -p $(RUN)
+	cd nbs && PYTHONUNBUFFERED=1 ../$(BIN)/papermill 13_capstone.ipynb $(RUN)/capstone.ipynb --log-output --no-progress-bar \
+	  -p data $(CORPUS) -p out $(RUN) -p preset $(PRESET) -p seed $(SEED)
+	@$(BIN)/mmfer info $(RUN)
+
+test: $(READY)
+	PATH=$(CURDIR)/$(BIN):$$PATH bash tests/run.sh
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+readme: $(READY)
+	$(BIN)/python tests/readme.py --write
+
+docs: $(READY)
+	$(BIN)/mkdocs build --quiet --strict
+
+clean:
+	rm -rf runs data site .pytest_cache .hypothesis
