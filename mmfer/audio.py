@@ -7,7 +7,7 @@ __all__ = ['SAMPLE_RATE', 'HOP', 'LOG_GUARD', 'AUDIO_PRESETS', 'normalise', 'Log
            'build_encoder', 'SegmentPool', 'AudioBranch', 'nemo_key', 'read_nemo', 'load_nemo', 'time_stretch',
            'pitch_shift', 'add_noise', 'AudioAugment']
 
-# %% ../nbs/04_audio.ipynb #95e3516e
+# %% ../nbs/04_audio.ipynb #40d9e279
 import functools
 import pickle
 import tarfile
@@ -19,24 +19,26 @@ import torchaudio.functional as AF
 import yaml
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
-from torchaudio.transforms import MelSpectrogram, SpecAugment
-from transformers import ParakeetEncoder, ParakeetEncoderConfig
+from torchaudio.transforms import SpecAugment, Spectrogram
+from transformers import ParakeetEncoder, ParakeetEncoderConfig, ParakeetFeatureExtractor
 
 from .core import EMOTIONS, N_SEGMENTS, BranchOutput, MmferError, from_dict, lengths_to_mask, segment_mask
 
-# %% ../nbs/04_audio.ipynb #ab04496c
+# %% ../nbs/04_audio.ipynb #fab51942
 SAMPLE_RATE = 16_000  # samples a second
 HOP = 160             # samples from one mel column to the next: 10 ms
 LOG_GUARD = 2.0**-24  # what NeMo adds before the logarithm, so that silence stays finite
 
 
 @functools.cache
-def _mel_spectrogram(device):
+def _tables(device):
+    "Spectrogram with its window, and the mel filters `[80, 257]`, in float32."
     with torch.inference_mode(False):  # the cached tables must serve training, too
-        return MelSpectrogram(SAMPLE_RATE, n_fft=512, win_length=400, hop_length=HOP, n_mels=80, norm="slaney", mel_scale="slaney",
-                              window_fn=torch.hann_window, wkwargs={"periodic": False}, pad_mode="constant").to(device)
+        spectrogram = Spectrogram(512, win_length=400, hop_length=HOP, pad_mode="constant",
+                                  window_fn=torch.hann_window, wkwargs={"periodic": False})
+        return spectrogram.to(device), ParakeetFeatureExtractor().mel_filters.to(device)
 
-# %% ../nbs/04_audio.ipynb #e0945807
+# %% ../nbs/04_audio.ipynb #5c30dc65
 def normalise(
     mel: torch.Tensor,      # log-mel, `[B, 80, F]`
     lengths: torch.Tensor,  # valid columns, `[B]`
@@ -45,24 +47,24 @@ def normalise(
     mask, n = lengths_to_mask(lengths, mel.shape[-1])[:, None], lengths[:, None, None].clamp(min=1)
     centred = (mel - (mel * mask).sum(-1, keepdim=True) / n) * mask
     std = (centred.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    return centred / (std + 1e-5)
+    return torch.where(std > 1e-4, centred / (std + 1e-5), 0.0)  # below: rounding errors of a band that never moves
 
-# %% ../nbs/04_audio.ipynb #e7abf6d5
+# %% ../nbs/04_audio.ipynb #fc63abf6
 class LogMel(nn.Module):
-    "The log-mel front end of NVIDIA's FastConformer, always in float32; equal to transformers' `ParakeetFeatureExtractor`."
+    "The log-mel front end of NVIDIA's FastConformer, always in float32 (transformers: `ParakeetFeatureExtractor`)."
 
     def forward(
         self,
         audio: torch.Tensor,    # sound at 16 kHz, `[B, T]`
         lengths: torch.Tensor,  # true samples of each clip, `[B]`; what lies behind is ignored
-    ) -> tuple:                 # mel `[B, 80, 1 + T // 160]` and its valid columns `[B]`: `T // 160`, at least 1 where there is sound
+    ) -> tuple:                 # mel `[B, 80, 1 + T // 160]` and its valid columns `[B]`: `lengths // 160`, at least 1
         if audio.shape[1] == 0: audio = audio.new_zeros(len(audio), 1)  # a batch in which no clip has sound
         with torch.autocast(audio.device.type, enabled=False):
+            spectrogram, filters = _tables(audio.device)
             real = lengths_to_mask(lengths, audio.shape[1])
-            audio = AF.preemphasis(audio.float(), 0.97).masked_fill(~real, 0.0)
-            mel = (_mel_spectrogram(audio.device)(audio) / LOG_GUARD).log1p()
+            power = spectrogram(AF.preemphasis(audio.float(), 0.97).masked_fill(~real, 0.0))
             mel_lengths = (lengths // HOP).clamp(min=1) * (lengths > 0)
-            return normalise(mel, mel_lengths), mel_lengths
+            return normalise((filters @ power + LOG_GUARD).log(), mel_lengths), mel_lengths
 
 # %% ../nbs/04_audio.ipynb #9267d539
 @dataclass
@@ -110,18 +112,19 @@ def build_encoder(
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)): layer.reset_parameters()
     return encoder
 
-# %% ../nbs/04_audio.ipynb #2b948205
+# %% ../nbs/04_audio.ipynb #880616b7
 class SegmentPool(nn.Module):
-    "Pool the frames of each segment into one vector: all clips and segments at once, for any length from one frame up."
+    "Pool the frames of each segment into one vector, all clips and segments at once, from one frame up."
 
     def __init__(
         self,
         dim: int,                      # width D
         n_segments: int = N_SEGMENTS,  # segments S
-        kind: str = "attention",       # "attention": a learned query a segment, and an encoding of the order; "mean"; "max"
+        kind: str = "attention",       # "attention" (learned queries, order encoding), "mean" or "max"
     ):
         super().__init__()
-        if kind not in ("attention", "mean", "max"): raise MmferError(f"pooling {kind!r} is unknown: use 'attention', 'mean' or 'max'")
+        if kind not in ("attention", "mean", "max"):
+            raise MmferError(f"pooling {kind!r} is unknown: use 'attention', 'mean' or 'max'")
         self.n_segments, self.kind = n_segments, kind
         if kind != "attention": return
         self.query = nn.Parameter(torch.zeros(n_segments, dim))  # equal scores: starts as the mean
@@ -150,14 +153,15 @@ class SegmentPool(nn.Module):
         share = torch.full_like(pooled, 1 / x.shape[-1])  # a frame weighs as many features as it wins
         return pooled, torch.zeros_like(mask, dtype=x.dtype).scatter_add(2, winner, share)
 
-# %% ../nbs/04_audio.ipynb #614aaa5d
+# %% ../nbs/04_audio.ipynb #7cb74981
 def _check_audio(audio, lengths):
-    if audio.ndim != 2: raise MmferError(f"sound has shape {list(audio.shape)}: pass mono clips as [batch, samples]")
-    if lengths is None: return torch.full((len(audio),), audio.shape[1], device=audio.device)
-    if lengths.shape == audio.shape[:1] and lengths.min() >= 0 and lengths.max() <= audio.shape[1]: return lengths
-    raise MmferError(f"audio lengths {lengths.tolist()} do not fit sound of shape {list(audio.shape)}: pass one length in samples a clip")
+    shape = list(audio.shape)
+    if len(shape) != 2: raise MmferError(f"sound has shape {shape}: pass mono clips as [batch, samples]")
+    if lengths is None: return torch.full((shape[0],), shape[1], device=audio.device)
+    if list(lengths.shape) == shape[:1] and ((lengths >= 0) & (lengths <= shape[1])).all(): return lengths
+    raise MmferError(f"audio lengths {lengths.tolist()} do not fit sound of shape {shape}: pass each clip's samples")
 
-# %% ../nbs/04_audio.ipynb #e4cd419c
+# %% ../nbs/04_audio.ipynb #d0a970ba
 class AudioBranch(nn.Module, PyTorchModelHubMixin, library_name="mmfer", tags=["emotion-recognition", "audio"]):
     "A voice in, eight vectors and a vote out: log-mel, FastConformer, segment pooling and a head of its own."
 
@@ -168,10 +172,12 @@ class AudioBranch(nn.Module, PyTorchModelHubMixin, library_name="mmfer", tags=["
         super().__init__()
         self.config, self.dim, self.weights_from = config, config.d_model, "random"
         self.front, self.encoder = LogMel(), build_encoder(config)
-        self.spec_augment = SpecAugment(2, 20, 2, 16, p=0.2, zero_masking=True) if config.spec_augment else nn.Identity()
+        self.spec_augment = nn.Identity()
+        if config.spec_augment: self.spec_augment = SpecAugment(2, 20, 2, 16, p=0.2, zero_masking=True)
         self.pool = SegmentPool(self.dim, config.n_segments, config.pooling)
         self.vote = SegmentPool(self.dim, 1)
-        self.head = nn.Sequential(nn.LayerNorm(self.dim), nn.Dropout(config.dropout), nn.Linear(self.dim, len(EMOTIONS)))
+        score = nn.Linear(self.dim, len(EMOTIONS))
+        self.head = nn.Sequential(nn.LayerNorm(self.dim), nn.Dropout(config.dropout), score)
 
     @classmethod
     def from_preset(
@@ -180,7 +186,8 @@ class AudioBranch(nn.Module, PyTorchModelHubMixin, library_name="mmfer", tags=["
         **changes,  # fields of `AudioConfig` to change
     ) -> "AudioBranch":
         "Build a preset with random weights. Raises `MmferError` for an unknown name."
-        if name not in AUDIO_PRESETS: raise MmferError(f"audio preset {name!r} is unknown: use one of {', '.join(AUDIO_PRESETS)}")
+        if name not in AUDIO_PRESETS:
+            raise MmferError(f"audio preset {name!r} is unknown: use one of {', '.join(AUDIO_PRESETS)}")
         return cls(replace(AUDIO_PRESETS[name], **changes))
 
     @classmethod
@@ -189,7 +196,7 @@ class AudioBranch(nn.Module, PyTorchModelHubMixin, library_name="mmfer", tags=["
         path,       # a `.nemo` file
         **changes,  # fields of `AudioConfig` that hold no encoder weights, such as `pooling`
     ) -> "AudioBranch":
-        "A branch with the encoder of a `.nemo` file; pooling and head stay random. Raises `MmferError` as `load_nemo` does."
+        "A branch with the encoder of a `.nemo` file; pooling and head stay random. Raises as `load_nemo` does."
         config, weights = read_nemo(path)
         branch = cls(replace(config, **changes))
         _fill_encoder(branch.encoder, weights, path)
@@ -199,7 +206,8 @@ class AudioBranch(nn.Module, PyTorchModelHubMixin, library_name="mmfer", tags=["
     @classmethod
     def _from_pretrained(cls, *, model_id, **kwargs):
         try: branch = super()._from_pretrained(model_id=model_id, **kwargs | {"strict": True})
-        except RuntimeError as e: raise MmferError(f"{model_id}: the weights do not fit the config: {' '.join(str(e).split())}") from e
+        except RuntimeError as e:
+            raise MmferError(f"{model_id}: the weights do not fit the config: {' '.join(str(e).split())}") from e
         branch.weights_from = str(model_id)
         return branch
 
@@ -231,11 +239,12 @@ class AudioBranch(nn.Module, PyTorchModelHubMixin, library_name="mmfer", tags=["
         return BranchOutput(features=features, logits=self.head(self.vote(features)[0][:, 0]), present=lengths > 0,
                             frames=frames, frame_lengths=frame_lengths, attention=attention)
 
-# %% ../nbs/04_audio.ipynb #98bffa75
+# %% ../nbs/04_audio.ipynb #ae21086f
 _NEMO_NAMES = (  # NeMo's name, transformers' name
-    ("pre_encode.conv.", "subsampling.layers."), ("pre_encode.out.", "subsampling.linear."), (".conv.batch_norm.", ".conv.norm."),
-    (".linear_q.", ".q_proj."), (".linear_k.", ".k_proj."), (".linear_v.", ".v_proj."), (".linear_out.", ".o_proj."),
-    (".linear_pos.", ".relative_k_proj."), (".pos_bias_u", ".bias_u"), (".pos_bias_v", ".bias_v"),
+    ("pre_encode.conv.", "subsampling.layers."), ("pre_encode.out.", "subsampling.linear."),
+    (".conv.batch_norm.", ".conv.norm."), (".linear_q.", ".q_proj."), (".linear_k.", ".k_proj."),
+    (".linear_v.", ".v_proj."), (".linear_out.", ".o_proj."), (".linear_pos.", ".relative_k_proj."),
+    (".pos_bias_u", ".bias_u"), (".pos_bias_v", ".bias_v"),
 )
 
 
@@ -247,11 +256,14 @@ def nemo_key(
     for nemo, ours in _NEMO_NAMES: key = key.replace(nemo, ours)
     return key
 
-# %% ../nbs/04_audio.ipynb #d2d7dfe6
+# %% ../nbs/04_audio.ipynb #cad83245
 _NEMO_FIXED = {
-    "encoder": dict(subsampling="dw_striding", subsampling_factor=8, causal_downsampling=False, self_attention_model="rel_pos",
-                    att_context_size=[-1, -1], untie_biases=True, conv_norm_type="batch_norm", conv_context_size=None),
-    "preprocessor": dict(sample_rate=SAMPLE_RATE, features=80, n_fft=512, window_size=0.025, window_stride=0.01, normalize="per_feature"),
+    "encoder": dict(
+        subsampling="dw_striding", subsampling_factor=8, causal_downsampling=False, self_attention_model="rel_pos",
+        att_context_size=[-1, -1], untie_biases=True, conv_norm_type="batch_norm", conv_context_size=None),
+    "preprocessor": dict(
+        sample_rate=SAMPLE_RATE, features=80, n_fft=512, window_size=0.025, window_stride=0.01,
+        normalize="per_feature"),
 }
 
 
@@ -259,33 +271,35 @@ def _nemo_config(data, path):
     for part, key in ((p, k) for p in _NEMO_FIXED for k in _NEMO_FIXED[p]):
         want = _NEMO_FIXED[part][key]
         got = data[part].get(key, want)
-        if got != want: raise MmferError(f"{path}: {part}.{key} is {got!r} where this encoder needs {want!r}: use another checkpoint")
+        if got != want: raise MmferError(f"{path}: {part}.{key} is {got!r}, not {want!r}: use another checkpoint")
     e = data["encoder"]
-    sizes = dict(d_model=e["d_model"], layers=e["n_layers"], heads=e["n_heads"], ffn=e["ff_expansion_factor"] * e["d_model"],
-                 subsampling_channels=e["subsampling_conv_channels"], conv_kernel=e["conv_kernel_size"])
-    odd = [k for k, v in sizes.items() if not isinstance(v, int) or v < 1]
-    if odd: raise MmferError(f"{path}: model_config.yaml gives no usable number for {', '.join(odd)}: use another checkpoint")
-    return AudioConfig(**sizes, bias=e.get("use_bias", True), scale_input=e.get("xscaling", True), dropout=e.get("dropout", 0.1))
+    sizes = dict(
+        d_model=e["d_model"], layers=e["n_layers"], heads=e["n_heads"], ffn=e["ff_expansion_factor"] * e["d_model"],
+        subsampling_channels=e["subsampling_conv_channels"], conv_kernel=e["conv_kernel_size"])
+    odd = ", ".join(k for k, v in sizes.items() if not isinstance(v, int) or v < 1)
+    if odd: raise MmferError(f"{path}: model_config.yaml gives no number for {odd}: use another checkpoint")
+    return AudioConfig(**sizes, bias=e.get("use_bias", True), scale_input=e.get("xscaling", True))
 
-# %% ../nbs/04_audio.ipynb #b4ecc571
+# %% ../nbs/04_audio.ipynb #01ee8253
 def _safe_members(tar, path):
     members = {str(PurePosixPath(m.name)): m for m in tar.getmembers()}
     for name, m in members.items():
         if name.startswith("/") or ".." in PurePosixPath(name).parts or m.issym() or m.islnk():
             raise MmferError(f"{path}: the archive holds the unsafe name {m.name}: do not use this file")
     for name in ("model_config.yaml", "model_weights.ckpt"):
-        if name not in members or not members[name].isfile(): raise MmferError(f"{path}: {name} is not in the archive: this is not a .nemo checkpoint")
+        if name not in members or not members[name].isfile():
+            raise MmferError(f"{path}: {name} is not in the archive: pass a .nemo file")
     return members
 
 
 def _read_weights(file, path):
     try: weights = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise MmferError(f"{path}: model_weights.ckpt is broken or carries code beside its weights: do not use this file") from e
+        raise MmferError(f"{path}: model_weights.ckpt is broken or carries code: do not use this file") from e
     if isinstance(weights, dict) and all(map(torch.is_tensor, weights.values())): return weights
-    raise MmferError(f"{path}: model_weights.ckpt is not a dictionary of weights: this is not a .nemo checkpoint")
+    raise MmferError(f"{path}: model_weights.ckpt is not a dictionary of weights: pass a .nemo file")
 
-# %% ../nbs/04_audio.ipynb #b2482c8f
+# %% ../nbs/04_audio.ipynb #2f6a3733
 def read_nemo(
     path,    # a `.nemo` file: a tar of model_config.yaml and model_weights.ckpt
 ) -> tuple:  # `AudioConfig` and the encoder's weights under transformers' names
@@ -296,18 +310,21 @@ def read_nemo(
             members = _safe_members(tar, path)
             config = _nemo_config(yaml.safe_load(tar.extractfile(members["model_config.yaml"])), path)
             weights = _read_weights(tar.extractfile(members["model_weights.ckpt"]), path)
-    except tarfile.TarError as e: raise MmferError(f"{path} is not a whole tar archive, so not a .nemo file: download it again") from e
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as e: raise MmferError(f"{path}: model_config.yaml describes no encoder: {e!r}") from e
-    return config, {nemo_key(k): v for k, v in weights.items() if k.startswith("encoder.") and not k.startswith("encoder.pos_enc.")}
+    except tarfile.TarError as e:
+        raise MmferError(f"{path} is not a whole tar archive, so not a .nemo file: download it again") from e
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
+        raise MmferError(f"{path}: model_config.yaml describes no encoder ({e!r}): use another checkpoint") from e
+    ours = (k for k in weights if k.startswith("encoder.") and not k.startswith("encoder.pos_enc."))
+    return config, {nemo_key(k): weights[k] for k in ours}
 
-# %% ../nbs/04_audio.ipynb #fcb49eba
+# %% ../nbs/04_audio.ipynb #30d22a29
 def _fill_encoder(encoder, weights, path):
     own = encoder.state_dict()
     wrong = [k for k in own if k in weights and weights[k].shape != own[k].shape]
     problems = {"missing": sorted(own.keys() - weights.keys()), "unknown": sorted(weights.keys() - own.keys()),
                 "of the wrong shape": [f"{k} {list(weights[k].shape)} for {list(own[k].shape)}" for k in wrong]}
     told = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
-    if told: raise MmferError(f"{path} does not fit the encoder that its config describes ({told}): use another checkpoint")
+    if told: raise MmferError(f"{path} does not fit the encoder that its config describes ({told}): use another file")
     encoder.load_state_dict(weights)
 
 
@@ -320,7 +337,7 @@ def load_nemo(
     _fill_encoder(encoder, weights, path)
     return encoder.eval()
 
-# %% ../nbs/04_audio.ipynb #a7c56131
+# %% ../nbs/04_audio.ipynb #514bda30
 def time_stretch(
     audio: torch.Tensor,  # `[..., n]`
     rate: float,          # above 1: faster and shorter
@@ -330,14 +347,15 @@ def time_stretch(
     window = torch.hann_window(n_fft, device=audio.device)
     spectrum = torch.stft(audio, n_fft, hop, window=window, pad_mode="constant", return_complex=True)
     advance = torch.linspace(0, torch.pi * hop, n_fft // 2 + 1, device=audio.device)[:, None]
-    return torch.istft(AF.phase_vocoder(spectrum, rate, advance), n_fft, hop, window=window, length=round(audio.shape[-1] / rate))
+    stretched = AF.phase_vocoder(spectrum, rate, advance)
+    return torch.istft(stretched, n_fft, hop, window=window, length=round(audio.shape[-1] / rate))
 
 
 def pitch_shift(
     audio: torch.Tensor,  # `[..., n]`
     semitones: float,     # 12 are an octave
 ) -> torch.Tensor:        # `[..., n]`
-    "Change the pitch and keep the tempo: stretch, then play faster. Rounded to 1 % of the frequency, which keeps resampling cheap."
+    "Change the pitch and keep the tempo: stretch, then play faster. Rounded to 1 %, which keeps resampling cheap."
     percent = round(100 * 2 ** (semitones / 12))
     shifted = AF.resample(time_stretch(audio, 100 / percent), percent, 100)
     return nn.functional.pad(shifted, (0, audio.shape[-1] - shifted.shape[-1]))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .core import EMOTIONS, MmferError
 
-# %% ../nbs/07_classifier.ipynb #1e3fd456
+# %% ../nbs/07_classifier.ipynb #cedd60b6
 def last_segment(
     mask: torch.Tensor,   # `[B, S]`
 ) -> torch.Tensor:        # bool `[B, S]`, True at one place a row
@@ -24,7 +24,7 @@ def last_segment(
     place = torch.arange(mask.shape[1], device=mask.device)
     return place == (place * mask).amax(1, keepdim=True)
 
-
+# %% ../nbs/07_classifier.ipynb #0a589b9d
 def max_pool(
     x: torch.Tensor,     # `[B, S, D]`
     mask: torch.Tensor,  # `[B, S]`
@@ -33,12 +33,12 @@ def max_pool(
     pooled, winner = x.masked_fill(~mask[..., None], float("-inf")).max(1)
     return pooled, F.one_hot(winner, x.shape[1]).to(x.dtype).mean(1)
 
-# %% ../nbs/07_classifier.ipynb #d893ce00
+# %% ../nbs/07_classifier.ipynb #d9d37b2b
 POOLINGS = ("mean", "max", "last", "attention")
 
 
 class TemporalPool(nn.Module):
-    "One vector a clip out of one vector a segment. The learned query is from Yang et al. 2016 (Hierarchical Attention Networks)."
+    "One vector a clip out of one vector a segment. The learned query is from Yang et al. (2016)."
     def __init__(
         self,
         dim: int,                  # width D of a segment's vector
@@ -47,7 +47,7 @@ class TemporalPool(nn.Module):
         super().__init__()
         if kind not in POOLINGS: raise MmferError(f"pooling {kind!r} is unknown: choose one of {', '.join(POOLINGS)}")
         self.kind = kind
-        if kind == "attention": self.query = nn.Parameter(torch.randn(dim) * 0.02)  # small: it starts close to the mean
+        if kind == "attention": self.query = nn.Parameter(torch.randn(dim) * 0.02)  # small: close to the mean
 
     def forward(
         self,
@@ -56,22 +56,23 @@ class TemporalPool(nn.Module):
     ) -> tuple:                      # pooled `[B, D]`, weight of each segment `[B, S]`
         "Pool over the real segments. Raises `MmferError` when a clip has none."
         if mask is None: mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        if not mask.any(1).all(): raise MmferError("a clip of the batch has no real segment: pass a mask with a True in each row")
+        if not mask.any(1).all(): raise MmferError("a clip has no real segment: pass a mask with a True in each row")
         if self.kind == "max": return max_pool(x, mask)
+        x = x.masked_fill(~mask[..., None], 0)  # 0 times a NaN in the padding would still be NaN
         weights = self._weights(x, mask)
-        return torch.einsum("bs,bsd->bd", weights, x.masked_fill(~mask[..., None], 0)), weights
+        return torch.einsum("bs,bsd->bd", weights, x), weights
 
     def _weights(self, x, mask):
-        if self.kind == "mean": return mask / mask.sum(1, keepdim=True)
+        if self.kind == "mean": return mask.to(x.dtype) / mask.sum(1, keepdim=True)
         if self.kind == "last": return last_segment(mask).to(x.dtype)
         scores = x @ self.query / math.sqrt(x.shape[-1])
         return scores.masked_fill(~mask, float("-inf")).softmax(1)
 
-# %% ../nbs/07_classifier.ipynb #f2027ce9
+# %% ../nbs/07_classifier.ipynb #047bdcc2
 NORMS = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
-
+# %% ../nbs/07_classifier.ipynb #68f0a081
 @dataclass
 class ClassifierConfig:
     "How eight segments become eight votes."
@@ -89,12 +90,12 @@ CLASSIFIER_PRESETS = {
     "full": ClassifierConfig(),
 }
 
-# %% ../nbs/07_classifier.ipynb #f336ac43
+# %% ../nbs/07_classifier.ipynb #0af06a55
 def _named(choices, what, name):
     if name not in choices: raise MmferError(f"{what} {name!r} is unknown: choose one of {', '.join(choices)}")
     return choices[name]
 
-
+# %% ../nbs/07_classifier.ipynb #0238ab0a
 def hidden_layer(
     n_in: int,                 # width before
     n_out: int,                # width after

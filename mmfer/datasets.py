@@ -35,10 +35,10 @@ class ClipName:
     repetition: int  # which take
     actor: int       # odd numbers are men, even numbers are women
 
-# %% ../nbs/03_datasets.ipynb #3c30066c
+# %% ../nbs/03_datasets.ipynb #823bd024
 _MOST = ClipName(modality=3, channel=2, emotion=8, intensity=2, statement=2, repetition=99, actor=99)
 
-
+# %% ../nbs/03_datasets.ipynb #208a5020
 def parse_name(
     path,         # file name or path of a clip
 ) -> ClipName:
@@ -49,9 +49,8 @@ def parse_name(
                          f"such as 01-01-03-02-01-01-05{path.suffix}, or move it away")
     name = ClipName(*map(int, path.stem.split("-")))
     for field, most in vars(_MOST).items():
-        value = getattr(name, field)
-        if not 1 <= value <= most:
-            raise MmferError(f"{path} has {field} {value:02d} in its name: rename it, {field} counts from 01 to {most:02d}")
+        if not 1 <= getattr(name, field) <= most:
+            raise MmferError(f"{path} has an unknown {field}: rename it, {field} counts from 01 to {most:02d}")
     return name
 
 # %% ../nbs/03_datasets.ipynb #d7bc669c
@@ -74,7 +73,7 @@ def _row(path, name):
                 intensity=name.intensity, statement=name.statement, repetition=name.repetition,
                 actor=name.actor, gender="male" if name.actor % 2 else "female")
 
-# %% ../nbs/03_datasets.ipynb #afeb513a
+# %% ../nbs/03_datasets.ipynb #de976cf3
 MODALITIES = {"01": "sound and pictures", "02": "pictures only", "03": "sound only"}
 CHANNELS = {"speech": 1, "song": 2}
 
@@ -82,26 +81,27 @@ CHANNELS = {"speech": 1, "song": 2}
 def _kind(channel, modality):
     return f"{channel} with {MODALITIES[modality]} ({modality}-)"
 
-
+# %% ../nbs/03_datasets.ipynb #d73d8324
 def _refuse_empty(folder, names, channel, modality):
     there = sorted({_kind(list(CHANNELS)[n.channel - 1], f"{n.modality:02d}") for n in names})
-    advice = f"ask for what it holds, {', '.join(there)}" if there else "it holds no sound or video file, pass another folder"
+    advice = f"ask for what it holds, {', '.join(there)}" if there else "pass a folder with sound or video files"
     raise MmferError(f"{folder} holds no clip of {_kind(channel, modality)}: {advice}")
 
-
+# %% ../nbs/03_datasets.ipynb #28c0dba9
 def _refuse_copies(table):
     twice = table[table["clip"].duplicated(keep=False)].path  # `table.clip` would be a method of pandas
-    if len(twice): raise MmferError(f"{twice.iloc[0]} and {twice.iloc[1]} are the same clip: remove one, or pass a folder with only one")
+    if len(twice):
+        raise MmferError(f"{twice.iloc[0]} and {twice.iloc[1]} are the same clip: remove one of the two")
 
-# %% ../nbs/03_datasets.ipynb #cfd96d01
+# %% ../nbs/03_datasets.ipynb #50957b6c
 def clip_table(
     folder,                    # folder of clips with RAVDESS names, in any layout
     channel: str = "speech",   # "speech" or "song"
     modality: str = "01",      # "01", "02" or "03"; the twins of other modalities are dropped
 ) -> pd.DataFrame:             # path, clip, emotion, label, intensity, statement, repetition, actor, gender
     "One row a clip, sorted by clip. Raises `MmferError` for a foreign name, a clip that is there twice, or no clip."
-    if channel not in CHANNELS: raise MmferError(f"channel {channel!r} is unknown: choose one of {', '.join(CHANNELS)}")
-    if modality not in MODALITIES: raise MmferError(f"modality {modality!r} is unknown: choose one of {', '.join(MODALITIES)}")
+    for what, name, choices in (("channel", channel, CHANNELS), ("modality", modality, MODALITIES)):
+        if name not in choices: raise MmferError(f"{what} {name!r} is unknown: choose one of {', '.join(choices)}")
     names, wanted = {path: parse_name(path) for path in find_media(folder)}, (int(modality), CHANNELS[channel])
     rows = [_row(path, name) for path, name in names.items() if (name.modality, name.channel) == wanted]
     if not rows: _refuse_empty(folder, names.values(), channel, modality)
@@ -109,7 +109,7 @@ def clip_table(
     _refuse_copies(table)
     return table
 
-# %% ../nbs/03_datasets.ipynb #f62aaeb7
+# %% ../nbs/03_datasets.ipynb #4164b166
 @dataclass
 class Split:
     "Who trains, who chooses the best epoch, who is tested. Raises `MmferError` when an actor is in two parts."
@@ -122,14 +122,15 @@ class Split:
             both = sorted(set(getattr(self, a)) & set(getattr(self, b)))
             if both: raise MmferError(f"actor {both[0]} is in {a} and in {b}: take the actor out of one of them")
         for part in ("train", "test"):
-            if not getattr(self, part): raise MmferError(f"no actor is left for {part}: use more actors, or fewer for validation")
+            if not getattr(self, part):
+                raise MmferError(f"no actor is left for {part}: use more actors, or fewer for validation")
 
-# %% ../nbs/03_datasets.ipynb #b0a8312a
+# %% ../nbs/03_datasets.ipynb #23188b39
 SCHEMES = ("single", "hicmae", "luna")
 RAVDESS_ACTORS = list(range(1, 25))
 LUNA_FOLDS = [[2, 5, 14, 15, 16], [3, 6, 7, 13, 18], [10, 11, 12, 19, 20], [8, 17, 21, 23, 24], [1, 4, 9, 22]]
 
-
+# %% ../nbs/03_datasets.ipynb #a9a35a79
 def _test_actors(actors, scheme):
     "The test actors of each fold, for RAVDESS's 24 actors or, with the same idea, for others."
     n, ravdess = len(actors), actors == RAVDESS_ACTORS
@@ -138,16 +139,17 @@ def _test_actors(actors, scheme):
     size = min(4, n // 3)  # folds of four, smaller where too few would be left to train on
     return [actors[i:i + size] for i in range(0, n, size)]
 
-# %% ../nbs/03_datasets.ipynb #349a8558
+# %% ../nbs/03_datasets.ipynb #233d676b
 def _inner_val(rest, n_val, seed):
     "Validation actors out of `rest`, men and women in turn."
     rest = random.Random(seed).sample(rest, len(rest))
     turns = itertools.zip_longest([a for a in rest if a % 2], [a for a in rest if not a % 2])
     return sorted([a for turn in turns for a in turn if a is not None][:n_val])
 
-
+# %% ../nbs/03_datasets.ipynb #dcbbc943
 def _warn_adapted(scheme, n):
-    logging.getLogger("mmfer").warning(f"{n} actors, not RAVDESS's 24: '{scheme}' is adapted to them, don't compare with published figures")
+    logging.getLogger("mmfer").warning(f"{n} actors, not RAVDESS's 24: '{scheme}' is adapted to them, "
+                                       "don't compare with published figures")
 
 
 def _split(actors, test, n_val, scheme, seed):
@@ -155,7 +157,7 @@ def _split(actors, test, n_val, scheme, seed):
     val = rest[max(0, len(rest) - n_val):] if scheme == "single" else _inner_val(rest, n_val, seed)
     return Split([a for a in rest if a not in val], val, list(test))
 
-# %% ../nbs/03_datasets.ipynb #868cb8ac
+# %% ../nbs/03_datasets.ipynb #17568449
 def make_splits(
     actors,                   # actor ids, in any order, once or more often: `table.actor` will do
     scheme: str = "single",   # "single", "hicmae" (folds of 4 actors) or "luna" (5 folds)
@@ -167,7 +169,8 @@ def make_splits(
     Raises `MmferError` for fewer than 3 actors, and warns when the published actors are not there."""
     if scheme not in SCHEMES: raise MmferError(f"scheme {scheme!r} is unknown: choose one of {', '.join(SCHEMES)}")
     actors = sorted({int(a) for a in actors})
-    if len(actors) < 3: raise MmferError(f"{len(actors)} actor(s) cannot be split by actor: use 3 or more, or split_by_repetition")
+    if len(actors) < 3:
+        raise MmferError(f"{len(actors)} actor(s) cannot be split by actor: use 3 or more, or split_by_repetition")
     if actors != RAVDESS_ACTORS: _warn_adapted(scheme, len(actors))
     n_val = max(1, len(actors) // 6) if n_val is None else n_val
     return [_split(actors, test, n_val, scheme, seed) for test in _test_actors(actors, scheme)]
@@ -182,13 +185,11 @@ def split_table(
     if stray: raise MmferError(f"actor {stray[0]} is not in both the table and the split: make the split from this table")
     return {part: table[table.actor.isin(actors)].reset_index(drop=True) for part, actors in vars(split).items()}
 
-# %% ../nbs/03_datasets.ipynb #f27e3d2c
+# %% ../nbs/03_datasets.ipynb #025397ab
 def split_by_repetition(
     table: pd.DataFrame,  # as `clip_table` makes it
 ) -> dict:                # {"train": table, "val": table, "test": table}
-    """For a corpus of one actor: train on first takes; of later takes, validate on statement 1 and test on statement 2.
-
-    Never call the result unseen-actor. Raises `MmferError` when a part is empty."""
+    "For one actor, never unseen: train on first takes, test on later ones. Raises `MmferError` when a part is empty."
     first, kids = table.repetition == 1, table.statement == 1
     parts = {"train": table[first], "val": table[~first & kids], "test": table[~first & ~kids]}
     empty = [part for part, rows in parts.items() if rows.empty]
@@ -196,12 +197,13 @@ def split_by_repetition(
                                "add second takes (repetition 02) of both statements")
     return {part: rows.reset_index(drop=True) for part, rows in parts.items()}
 
-# %% ../nbs/03_datasets.ipynb #19df10f4
+# %% ../nbs/03_datasets.ipynb #e238575a
 def _wanted(data, row, problem):
-    if data is None: raise MmferError(f"{row['path']} lacks what was asked for ({problem}): remove it, or ask for the rest alone")
+    if data is None:
+        raise MmferError(f"{row['path']} lacks what was asked for ({problem}): remove it, or ask for the rest alone")
     return torch.as_tensor(data)
 
-
+# %% ../nbs/03_datasets.ipynb #ca6d6ad1
 def read_item(
     row: dict,      # has path, label and clip, as a row of `clip_table`
     n_frames: int,  # pictures a clip, uniform over its span
@@ -212,7 +214,8 @@ def read_item(
     clip = read_clip(row["path"], n_frames=n_frames, size=size)
     item = dict(label=int(row["label"]), clip=row["clip"])
     if "audio" in modalities: item["audio"] = _wanted(clip.audio, row, clip.audio_problem)
-    if "video" in modalities: item["video"] = _wanted(clip.frames, row, clip.video_problem).movedim(-1, 1).contiguous()
+    if "video" in modalities:
+        item["video"] = _wanted(clip.frames, row, clip.video_problem).movedim(-1, 1).contiguous()
     return item
 
 # %% ../nbs/03_datasets.ipynb #09122d73
@@ -237,7 +240,7 @@ class ClipDataset(Dataset):
         if i not in self.kept: self.kept[i] = read_item(self.rows[i], **self.how)
         return dict(self.kept[i])
 
-# %% ../nbs/03_datasets.ipynb #9017d2a7
+# %% ../nbs/03_datasets.ipynb #835d1931
 def _pad(items, key):
     "Padded tensor and true lengths; a missing key has length 0."
     lengths = torch.tensor([len(x[key]) if key in x else 0 for x in items])
@@ -245,7 +248,7 @@ def _pad(items, key):
     if not have: return None, lengths
     return pad_sequence([x.get(key, have[0][:0]) for x in items], batch_first=True), lengths
 
-
+# %% ../nbs/03_datasets.ipynb #0100cc3f
 def collate(
     items: list,  # items of a `ClipDataset`; a missing modality is a missing key
 ) -> dict:        # audio `[B, T_a]`, video uint8 `[B, T, 3, H, W]`, their lengths and labels `[B]`, clip list

@@ -8,10 +8,8 @@ __all__ = ['SYSTEMS', 'FUSION_PRESETS', 'LFM2_NOTICE', 'GatedProjection', 'inter
            'EarlyFusion', 'AudioOnly', 'VisualOnly', 'CrossAttention', 'AttentionFusion', 'LateFusion', 'build_fusion',
            'lfm2_sizes', 'load_lfm2', 'load_backbone']
 
-# %% ../nbs/06_fusion.ipynb #7d7da83f
-import logging
-import math
-import warnings
+# %% ../nbs/06_fusion.ipynb #af975038
+import logging, math, warnings
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +56,10 @@ def separate(
     "The inverse of `interleave`."
     return tokens[:, 0::2], tokens[:, 1::2]
 
-# %% ../nbs/06_fusion.ipynb #6ae79b1c
+# %% ../nbs/06_fusion.ipynb #1be657d6
 SYSTEMS = ("audio_only", "visual_only", "early", "late", "attention", "lfm2")
 
-
+# %% ../nbs/06_fusion.ipynb #6681aac1
 @dataclass
 class FusionConfig:
     "Sizes of a fusion. The defaults are the first six layers of LFM2-700M."
@@ -83,9 +81,7 @@ FUSION_PRESETS = {
     "full": FusionConfig(),
 }
 
-# %% ../nbs/06_fusion.ipynb #4e11ad30
-# transformers advises a fast kernel for the short convolution; over 16 tokens there is nothing to gain
-logging.getLogger("transformers.integrations.hub_kernels").addFilter(lambda record: "causal_conv1d" not in record.getMessage())
+# %% ../nbs/06_fusion.ipynb #8407b254
 _EAGER = dict(attn_implementation="eager", use_cache=False)  # the plain way, which can show its attention weights
 
 
@@ -97,6 +93,11 @@ def lfm2_config(
         vocab_size=1, hidden_size=config.d_model, intermediate_size=config.ffn, block_auto_adjust_ff_dim=False,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
         full_attn_idxs=[2, 5, 8, 10, 12, 14], bos_token_id=None, eos_token_id=None, **_EAGER)
+
+# %% ../nbs/06_fusion.ipynb #64f831a7
+# transformers advises a fast kernel for the short convolution; over 16 tokens there is nothing to gain
+_hub_log = logging.getLogger("transformers.integrations.hub_kernels")
+_hub_log.addFilter(lambda record: "causal_conv1d" not in record.getMessage())
 
 # %% ../nbs/06_fusion.ipynb #1ae486ed
 class SymmetricShortConv(Lfm2ShortConv):
@@ -111,7 +112,7 @@ class SymmetricShortConv(Lfm2ShortConv):
         u = F.conv1d(b * u, self.conv.weight, self.conv.bias, padding=self.conv_kernel_size // 2, groups=u.shape[1])
         return self.out_proj((c * u).transpose(1, 2))
 
-# %% ../nbs/06_fusion.ipynb #0fc49839
+# %% ../nbs/06_fusion.ipynb #9d7b03e6
 class Lfm2Backbone(Lfm2Model):
     "transformers' `Lfm2Model` without its table of words: it reads vectors (LFM2, Liquid AI 2025, arXiv 2511.23404)."
 
@@ -134,7 +135,7 @@ class Lfm2Backbone(Lfm2Model):
         self,
         inputs_embeds: torch.Tensor,  # `[B, L, D]`
         **kwargs,                     # `output_attentions`, `output_hidden_states`
-    ):                                # `last_hidden_state` `[B, L, D]`; `attentions`, one `[B, heads, L, L]` an attention layer
+    ):                                # `last_hidden_state` `[B, L, D]`; `attentions`: `[B, heads, L, L]` each
         mask = None if self.causal else {"full_attention": None, "conv": None}
         return super().forward(inputs_embeds=inputs_embeds, attention_mask=mask, **kwargs)
 
@@ -144,9 +145,9 @@ def _left_behind(layers):
     kept = "|".join(map(str, range(layers)))
     return {r"embed_tokens\.", r"lm_head\.", rf"layers\.(?!({kept})\.)"}
 
-# %% ../nbs/06_fusion.ipynb #7c4b69d3
+# %% ../nbs/06_fusion.ipynb #8b69ac2d
 class StandIn(nn.Module):
-    "Learned vectors in the place of a modality that a clip does not have (as the missing-modality prompts of Lee et al. 2023)."
+    "Learned vectors in the place of a modality that a clip does not have (compare the prompts of Lee et al. 2023)."
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class StandIn(nn.Module):
 
     def forward(
         self,
-        branch: BranchOutput,  # features `[B, S, D]`, present bool `[B]` (None: all present); or None: nobody has it
+        branch: BranchOutput,  # features `[B, S, D]`, present bool `[B]` or None for all; None: nobody has it
         batch: int,            # number of clips B
     ) -> torch.Tensor:         # `[B, S, D]`
         "Features where there are any, learned vectors elsewhere. Raises `AssertionError` for a wrong shape."
@@ -168,14 +169,14 @@ class StandIn(nn.Module):
         if branch.present is None: return branch.features
         return torch.where(branch.present[:, None, None], branch.features, self.vectors.to(branch.features.dtype))
 
-# %% ../nbs/06_fusion.ipynb #34847078
+# %% ../nbs/06_fusion.ipynb #523f0cc6
 @dataclass
 class FusionOutput(ModelOutput):
     "What a fusion hands on."
     features: torch.Tensor = None   # `[B, S, out_dim]`; None for late fusion, which joins votes, not features
     logits: torch.Tensor = None     # late fusion only: joined log-probabilities, `[B, 8]`
-    attention: torch.Tensor = None  # who looks at whom among a1 v1 a2 v2 ..., mean over heads and layers, `[B, 2S, 2S]`
-    hidden: torch.Tensor = None     # tokens after the last layer, `[B, 2S, D]`, or `[B, S, D]` for one token a segment
+    attention: torch.Tensor = None  # who looks at whom in a1 v1 a2 v2 ..., mean of heads and layers, `[B, 2S, 2S]`
+    hidden: torch.Tensor = None     # tokens after the last layer, `[B, 2S, D]`, or `[B, S, D]` without pairs
 
 # %% ../nbs/06_fusion.ipynb #066a4d31
 def _batch_size(audio, visual):
@@ -183,7 +184,7 @@ def _batch_size(audio, visual):
     if given is None: raise MmferError("fusion got neither sound nor pictures: give it at least one of the two")
     return len(given.logits if given.features is None else given.features)
 
-# %% ../nbs/06_fusion.ipynb #c9197866
+# %% ../nbs/06_fusion.ipynb #f65af272
 class Fusion(nn.Module):
     "What the systems that fuse features share: a stand-in for each modality they use, and the projection at the end."
     modalities = ("audio", "visual")
@@ -198,7 +199,7 @@ class Fusion(nn.Module):
         self.config, self.weights_from = config, "random"
         self.dims = {m: dim for m, dim in (("audio", audio_dim), ("visual", visual_dim)) if m in self.modalities}
         self.stand_ins = nn.ModuleDict({m: StandIn(dim, config.n_segments) for m, dim in self.dims.items()})
-        self.head = nn.Sequential(nn.LayerNorm(config.d_model), nn.Linear(config.d_model, config.out_dim), nn.GELU(), nn.Dropout(config.dropout))
+        self.head = _head(config)
 
     def gather(
         self,
@@ -209,7 +210,11 @@ class Fusion(nn.Module):
         batch, given = _batch_size(audio, visual), dict(audio=audio, visual=visual)
         return [stand_in(given[m], batch) for m, stand_in in self.stand_ins.items()]
 
-# %% ../nbs/06_fusion.ipynb #3e313f53
+# %% ../nbs/06_fusion.ipynb #4b429cb2
+def _head(c):
+    return nn.Sequential(nn.LayerNorm(c.d_model), nn.Linear(c.d_model, c.out_dim), nn.GELU(), nn.Dropout(c.dropout))
+
+# %% ../nbs/06_fusion.ipynb #c661f361
 class PairFusion(Fusion):
     "Fusion of two rows of tokens: project, mark the modality, mix, average the pairs. A subclass says how to mix."
 
@@ -224,8 +229,8 @@ class PairFusion(Fusion):
         visual: BranchOutput = None,  # None: no clip has pictures
         output_attentions=False,      # hand on the attention too
     ) -> FusionOutput:
-        a, v = (self.projections[m](x) + self.types[m] for m, x in zip(self.modalities, self.gather(audio, visual)))
-        a, v, attention = self.mix(a, v, output_attentions)
+        rows = zip(self.modalities, self.gather(audio, visual))
+        a, v, attention = self.mix(*(self.projections[m](x) + self.types[m] for m, x in rows), output_attentions)
         return FusionOutput(features=self.head((a + v) / 2), attention=attention, hidden=interleave(a, v))
 
 # %% ../nbs/06_fusion.ipynb #d29aab6e
@@ -241,9 +246,9 @@ class Lfm2Fusion(PairFusion):
         attention = torch.stack(out.attentions).mean((0, 2)) if output_attentions else None
         return *separate(out.last_hidden_state), attention
 
-# %% ../nbs/06_fusion.ipynb #eeeface3
+# %% ../nbs/06_fusion.ipynb #0c57b29c
 class EarlyFusion(Fusion):
-    "Concatenate the features of each segment, then encode the segments with a transformer (pre-norm, Xiong et al. 2020)."
+    "Concatenate the features of each segment, then encode them with a transformer (pre-norm, Xiong et al. 2020)."
 
     def __init__(self, config: FusionConfig, audio_dim: int, visual_dim: int):
         super().__init__(config, audio_dim, visual_dim)
@@ -255,15 +260,15 @@ class EarlyFusion(Fusion):
         self,
         audio: BranchOutput = None,   # None: no clip has sound
         visual: BranchOutput = None,  # None: no clip has pictures
-        output_attentions=False,      # for the common interface: no token here is of one modality, there is nothing to show
+        output_attentions=False,      # for the common interface: here no token is of one modality, nothing to show
     ) -> FusionOutput:
         hidden = self.encoder(self.projection(torch.cat(self.gather(audio, visual), -1)) + self.positions)
         return FusionOutput(features=self.head(hidden), hidden=hidden)
 
-# %% ../nbs/06_fusion.ipynb #f740f2dd
+# %% ../nbs/06_fusion.ipynb #3c28c00b
 def _encoder_layer(c):
-    # two matrices of 3/2 the width hold as many weights as the three of SwiGLU
-    return nn.TransformerEncoderLayer(c.d_model, c.heads, 3 * c.ffn // 2, c.dropout, "gelu", batch_first=True, norm_first=True)
+    width = 3 * c.ffn // 2  # two matrices of this width hold as many weights as the three of SwiGLU
+    return nn.TransformerEncoderLayer(c.d_model, c.heads, width, c.dropout, "gelu", batch_first=True, norm_first=True)
 
 # %% ../nbs/06_fusion.ipynb #8a75dfc4
 class AudioOnly(EarlyFusion):
@@ -275,19 +280,18 @@ class VisualOnly(EarlyFusion):
     "The encoder of `EarlyFusion`, fed with pictures alone."
     modalities = ("visual",)
 
-# %% ../nbs/06_fusion.ipynb #8723c01d
+# %% ../nbs/06_fusion.ipynb #b372a5db
 class CrossAttention(nn.Module):
-    "One modality asks, the other answers; then a feed-forward part. Both with a residual (as in MulT, Tsai et al. 2019)."
+    "One modality asks, the other answers; then a feed-forward part, both with a residual (MulT, Tsai et al. 2019)."
 
     def __init__(
         self,
         c: FusionConfig,  # sizes
     ):
         super().__init__()
-        width = 3 * c.ffn // 2
         self.norm_query, self.norm_other, self.norm_ffn = (nn.LayerNorm(c.d_model) for _ in range(3))
         self.attention = nn.MultiheadAttention(c.d_model, c.heads, c.dropout, batch_first=True)
-        self.ffn = nn.Sequential(nn.Linear(c.d_model, width), nn.GELU(), nn.Dropout(c.dropout), nn.Linear(width, c.d_model), nn.Dropout(c.dropout))
+        self.ffn = _feed_forward(c.d_model, 3 * c.ffn // 2, c.dropout)
 
     def forward(
         self,
@@ -299,14 +303,20 @@ class CrossAttention(nn.Module):
         x = x + answer
         return x + self.ffn(self.norm_ffn(x)), weights
 
-# %% ../nbs/06_fusion.ipynb #38a01bff
+# %% ../nbs/06_fusion.ipynb #ce27cb34
+def _feed_forward(d, width, dropout):
+    drop = nn.Dropout(dropout)
+    return nn.Sequential(nn.Linear(d, width), nn.GELU(), drop, nn.Linear(width, d), drop)
+
+# %% ../nbs/06_fusion.ipynb #01d11cc5
 class AttentionFusion(PairFusion):
     "Cross-attention both ways: sound asks the pictures while the pictures ask the sound."
 
     def __init__(self, config: FusionConfig, audio_dim: int, visual_dim: int):
         super().__init__(config, audio_dim, visual_dim)
         self.positions = nn.Parameter(torch.randn(config.n_segments, config.d_model) * 0.02)
-        self.layers = nn.ModuleList(nn.ModuleDict({m: CrossAttention(config) for m in self.dims}) for _ in range((config.layers + 1) // 2))
+        pairs = [nn.ModuleDict({m: CrossAttention(config) for m in self.dims}) for _ in range((config.layers + 1) // 2)]
+        self.layers = nn.ModuleList(pairs)
 
     def mix(self, a, v, output_attentions):
         a, v, maps = a + self.positions, v + self.positions, []
@@ -321,9 +331,9 @@ def _pair_map(heard, seen):
     none = torch.zeros_like(heard)
     return interleave(torch.stack((none, heard), -1).flatten(2), torch.stack((seen, none), -1).flatten(2))
 
-# %% ../nbs/06_fusion.ipynb #edfec668
+# %% ../nbs/06_fusion.ipynb #e77869f2
 class LateFusion(nn.Module):
-    "A learned weight joins the votes of the branches (weighted product of experts, Hinton 2002). A missing branch has no vote."
+    "A learned weight joins the votes of the branches (product of experts, Hinton 2002). A missing branch has no vote."
 
     def __init__(self, config: FusionConfig, audio_dim: int, visual_dim: int):
         super().__init__()
@@ -341,12 +351,12 @@ class LateFusion(nn.Module):
         share = torch.where(has_a & has_v, torch.sigmoid(self.balance), has_a.float())[:, None]
         return FusionOutput(logits=share * a + (1 - share) * v)
 
-# %% ../nbs/06_fusion.ipynb #13b80968
+# %% ../nbs/06_fusion.ipynb #763b221e
 def _vote(branch, batch, like):
     # log-probabilities and who has them; a missing vote is even, so that it stays finite when its share is zero
     nobody = torch.zeros(batch, dtype=torch.bool, device=like.device)
     if branch is None: return like.new_full((batch, len(EMOTIONS)), -math.log(len(EMOTIONS))), nobody
-    if branch.logits is None: raise MmferError("late fusion joins votes, but a branch has no logits: give the branch a head")
+    if branch.logits is None: raise MmferError("late fusion joins votes, but a branch has no logits: give it a head")
     present = ~nobody if branch.present is None else branch.present
     return branch.logits.masked_fill(~present[:, None], 0).log_softmax(-1), present
 
@@ -363,12 +373,15 @@ def build_fusion(
     _check_sizes(config)
     return _FUSIONS[config.kind](config, audio_dim, visual_dim)
 
-# %% ../nbs/06_fusion.ipynb #9dbc22c9
+# %% ../nbs/06_fusion.ipynb #a76c7398
 def _check_sizes(c):
-    if c.kind not in SYSTEMS: raise MmferError(f"system {c.kind!r} does not exist: choose one of {', '.join(SYSTEMS)}")
-    if c.d_model % c.heads: raise MmferError(f"fusion width {c.d_model} cannot be cut into {c.heads} heads: choose a divisor")
-    if c.heads % c.kv_heads: raise MmferError(f"{c.heads} heads cannot share {c.kv_heads} key-value heads: choose a divisor")
-    if c.layers < 3: raise MmferError(f"a fusion of {c.layers} layers has no attention, which first comes at layer 3: set layers to 3 or more")
+    wrong = [
+        (c.kind not in SYSTEMS, f"system {c.kind!r} does not exist: choose one of {', '.join(SYSTEMS)}"),
+        (c.d_model % c.heads, f"fusion width {c.d_model} cannot be cut into {c.heads} heads: choose a divisor"),
+        (c.heads % c.kv_heads, f"{c.heads} heads cannot share {c.kv_heads} key-value heads: choose a divisor"),
+        (c.layers < 3, f"{c.layers} fusion layers are too few, attention first comes at layer 3: set layers to 3 or more")]
+    for is_so, message in wrong:
+        if is_so: raise MmferError(message)
 
 # %% ../nbs/06_fusion.ipynb #225d35ae
 _ASK = "give a hub id such as LiquidAI/LFM2-700M, or a folder with its config.json and model.safetensors"
@@ -382,33 +395,40 @@ def lfm2_sizes(
     with torch.device("meta"): ffn = Lfm2MLP(c).w1.out_features
     return dict(d_model=c.hidden_size, heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, ffn=ffn)
 
-# %% ../nbs/06_fusion.ipynb #b4188c11
+# %% ../nbs/06_fusion.ipynb #b0e9e4cf
 def _config_of(source):
     try: c = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as e: raise MmferError(f"{source} cannot be read as LFM2 ({_first_line(e)}): {_ASK}") from e
+    except (OSError, ValueError) as e:
+        raise MmferError(f"{source} cannot be read as LFM2 ({_first_line(e)}): {_ASK}") from e
     if c.model_type != "lfm2": raise MmferError(f"{source} is a checkpoint of {c.model_type}, not of LFM2: {_ASK}")
     return c
 
 
 def _first_line(error): return str(error).strip().splitlines()[0].rstrip(".")
 
-# %% ../nbs/06_fusion.ipynb #2089b111
-LFM2_NOTICE = "LFM2 weights come under the LFM Open License 1.0, which limits commercial use by a revenue cap: read the licence beside the weights."
+# %% ../nbs/06_fusion.ipynb #98c258fd
+LFM2_NOTICE = ("LFM2 weights come under the LFM Open License 1.0, which limits commercial use by a revenue cap: "
+               "read the licence beside the weights.")
 
 
 def load_lfm2(
     source,           # hub id such as "LiquidAI/LFM2-700M", or a folder
     layers: int = 6,  # keep this many, counted from the input
 ) -> Lfm2Backbone:    # in float32, with its trained weights
-    "The first layers of a trained LFM2. Raises `MmferError` that names the keys when weights are missing, superfluous or of another shape."
+    "The first layers of a trained LFM2. Raises `MmferError` that names weights that are missing or do not fit."
     held = _config_of(source).num_hidden_layers
     if layers > held: raise MmferError(f"{source} has {held} layers, not {layers}: ask for {held} or fewer")
-    try: backbone, info = Lfm2Backbone.from_pretrained(
-        source, num_hidden_layers=layers, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **_EAGER)
-    except (OSError, SafetensorError) as e: raise MmferError(f"{source} has no readable weights ({_first_line(e)}): {_ASK}") from e
+    backbone, info = _read_layers(source, layers)
     for problem in ("missing", "mismatched", "unexpected"): _require_none(source, problem, info[f"{problem}_keys"])
     warnings.warn(LFM2_NOTICE, stacklevel=2)
     return backbone
+
+# %% ../nbs/06_fusion.ipynb #1aad5d64
+def _read_layers(source, layers):
+    how = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **_EAGER)
+    try: return Lfm2Backbone.from_pretrained(source, num_hidden_layers=layers, **how)
+    except (OSError, SafetensorError) as e:
+        raise MmferError(f"{source} has no readable weights ({_first_line(e)}): {_ASK}") from e
 
 # %% ../nbs/06_fusion.ipynb #dc346f9b
 def _require_none(source, problem, keys):
@@ -417,21 +437,20 @@ def _require_none(source, problem, keys):
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     raise MmferError(f"{source} is not a whole LFM2, {problem} weights: {', '.join(names[:3])}{more}; {_ASK}")
 
-# %% ../nbs/06_fusion.ipynb #8362fcb8
+# %% ../nbs/06_fusion.ipynb #71113cba
 def load_backbone(
     fusion: Lfm2Fusion,    # built with the sizes of the checkpoint, see `lfm2_sizes`
     source,                # hub id such as "LiquidAI/LFM2-700M", or a folder
     freeze: bool = False,  # keep the loaded weights as they are
 ) -> Lfm2Fusion:           # the same fusion
     "Put the first layers of a trained LFM2 in place of the random ones. Raises `MmferError` when they do not fit."
-    if not fusion.config.causal: raise MmferError(f"{source} was trained causal, but this fusion sees both ways: set causal=True, or train from scratch")
-    _require_sizes(source, fusion.config)
+    _require_fit(source, fusion.config)
     fusion.backbone, fusion.weights_from = load_lfm2(source, fusion.config.layers), str(source)
     fusion.backbone.requires_grad_(not freeze)
     return fusion
 
-# %% ../nbs/06_fusion.ipynb #105fdb6d
-def _require_sizes(source, config):
-    sizes = lfm2_sizes(source)
-    wrong = [f"{k} is {v} there and {getattr(config, k)} here" for k, v in sizes.items() if v != getattr(config, k)]
-    if wrong: raise MmferError(f"{source} does not fit this fusion: {', '.join(wrong)}; build the FusionConfig with lfm2_sizes")
+# %% ../nbs/06_fusion.ipynb #4b8a2d6e
+def _require_fit(source, config):
+    there = dict(causal=True, **lfm2_sizes(source))  # LFM2 is trained causal
+    wrong = [f"{k} is {v} there and {getattr(config, k)} here" for k, v in there.items() if v != getattr(config, k)]
+    if wrong: raise MmferError(f"{source} does not fit this fusion, {', '.join(wrong)}: build its config with lfm2_sizes")

@@ -24,21 +24,24 @@ def class_weights(
     there = count > 0
     return torch.where(there, count.sum() / (there.sum() * count.clamp(min=1)), 0.0)
 
-# %% ../nbs/09_losses.ipynb #967ee45c
+# %% ../nbs/09_losses.ipynb #caaae5a8
 def alignment_loss(
     a: torch.Tensor,             # one vector a clip from the sound, `[B, D]`
     v: torch.Tensor,             # one vector a clip from the pictures, `[B, D]`
     temperature: float = 0.07,   # the smaller, the sharper the comparison
 ) -> torch.Tensor:               # a single number
-    "Symmetric InfoNCE: each sound finds its own pictures in the batch, and the reverse (Radford et al. 2021). Raises `MmferError` for two widths."
-    if a.shape != v.shape: raise MmferError(f"sound is {list(a.shape)} and pictures are {list(v.shape)}: project both to one width first")
+    """Symmetric InfoNCE: each sound finds its own pictures in the batch, and the reverse (Radford et al. 2021).
+
+    Raises `MmferError` when the two shapes differ."""
+    if a.shape != v.shape:
+        raise MmferError(f"sound is {list(a.shape)} and pictures are {list(v.shape)}: project both to one width first")
     similarity = F.cosine_similarity(a[:, None], v[None], dim=-1) / temperature
     own = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
 
-# %% ../nbs/09_losses.ipynb #bd02aa8c
+# %% ../nbs/09_losses.ipynb #6d1f9842
 def present_rows(
-    output,           # output of the model
+    output,           # has logits and `{name}_features`, and may have `{name}_present`
     name: str,        # "audio" or "visual"
 ) -> torch.Tensor:    # bool `[B]`
     "Which clips of a batch have a modality: none where the branch said nothing, all where nothing else is said."
@@ -47,7 +50,7 @@ def present_rows(
     flags = getattr(output, f"{name}_present", None)
     return torch.ones(n, dtype=torch.bool, device=device) if flags is None else flags
 
-# %% ../nbs/09_losses.ipynb #290afbb6
+# %% ../nbs/09_losses.ipynb #c8db2252
 class MultimodalLoss(nn.Module):
     "Cross-entropy of the fused vote, plus a share for each branch's own vote and one for alignment."
     def __init__(
@@ -57,24 +60,26 @@ class MultimodalLoss(nn.Module):
         audio: float = 0.3,                   # share of the audio branch's vote
         visual: float = 0.3,                  # share of the visual branch's vote
         alignment: float = 0.0,               # share of alignment
-        dims: tuple = None,                   # (audio D, visual D): alignment learns a projection of each; without, widths must agree
+        dims: tuple = None,                   # (audio D, visual D) where they differ: alignment then projects each
     ):
         super().__init__()
         self.label_smoothing = label_smoothing
         self.register_buffer("class_weights", class_weights)
         self.shares = dict(fused=1.0, audio=audio, visual=visual, alignment=alignment)
-        self.project = nn.ModuleList(nn.Linear(d, 128, bias=False) if dims else nn.Identity() for d in dims or (0, 0))
+        projections = [nn.Linear(d, 128, bias=False) for d in dims] if dims else [nn.Identity(), nn.Identity()]
+        self.project = nn.ModuleList(projections)
 
     def forward(
         self,
-        output,                # has logits, audio_logits, visual_logits, audio_features, visual_features; may have audio_present, visual_present
+        output,                # output of the model, see `present_rows`
         labels: torch.Tensor,  # `[B]` whole numbers, or `[B, 8]` soft
     ) -> dict:                 # total, and its parts before they are weighted
         "The total to minimise, and its parts. What cannot be computed is left out."
         losses = {"fused": self._entropy(output.logits, labels)}
         for name in ("audio", "visual"):
             logits, rows = getattr(output, f"{name}_logits"), present_rows(output, name)
-            if self.shares[name] and logits is not None and rows.any(): losses[name] = self._entropy(logits[rows], labels[rows])
+            if self.shares[name] and logits is not None and rows.any():
+                losses[name] = self._entropy(logits[rows], labels[rows])
         both = present_rows(output, "audio") & present_rows(output, "visual")
         if self.shares["alignment"] and both.sum() > 1: losses["alignment"] = self._align(output, both)
         return dict(total=sum(self.shares[name] * loss for name, loss in losses.items()), **losses)
@@ -87,7 +92,7 @@ class MultimodalLoss(nn.Module):
         features = output.audio_features, output.visual_features
         return alignment_loss(*[project(x[rows].mean(1)) for project, x in zip(self.project, features)])
 
-# %% ../nbs/09_losses.ipynb #cc6677f8
+# %% ../nbs/09_losses.ipynb #bdf47029
 def soften(
     labels: torch.Tensor,             # `[B]` whole numbers, or `[B, K]` soft already
     n_classes: int = len(EMOTIONS),   # number of classes K
@@ -95,7 +100,7 @@ def soften(
     "Labels as shares."
     return labels.float() if labels.ndim == 2 else F.one_hot(labels, n_classes).float()
 
-
+# %% ../nbs/09_losses.ipynb #82733b12
 def blend(
     x: torch.Tensor,        # `[B, ...]`, float or uint8
     other: torch.Tensor,    # the partners, same shape
@@ -105,17 +110,17 @@ def blend(
     mixed = share * x + (1 - share) * other
     return mixed if x.is_floating_point() else mixed.round().to(x.dtype)
 
-# %% ../nbs/09_losses.ipynb #69b93fff
+# %% ../nbs/09_losses.ipynb #e91e3f6f
 def draw_mix(
     n: int,                              # number of clips in the batch
     alpha: float,                        # Beta(alpha, alpha): 0.2 leaves most clips nearly pure, 1 takes any share
     generator: torch.Generator = None,   # PyTorch's own by default
 ) -> tuple:                              # share of the clip itself, partner of each clip `[n]`
     "How much is mixed, and who with whom; one share a batch, as in the paper."
-    seed = torch.randint(2**31, (), generator=generator).item()  # PyTorch's Beta takes no generator, NumPy's does
+    seed = torch.randint(2**31, (), generator=generator).item()  # PyTorch's Beta takes no generator
     return default_rng(seed).beta(alpha, alpha), torch.randperm(n, generator=generator)
 
-# %% ../nbs/09_losses.ipynb #4f730cab
+# %% ../nbs/09_losses.ipynb #d0a59345
 def _both(lengths, partner):
     "A modality that either clip lacks is missing from the mix."
     return lengths * (lengths[partner] > 0)
@@ -127,12 +132,12 @@ def _mix_sound(batch, partner, share):
     audio = batch["audio"] * lengths_to_mask(batch["audio_lengths"], batch["audio"].shape[1])
     return dict(audio=blend(audio, audio[partner], share), audio_lengths=_both(batch["audio_lengths"], partner))
 
-
+# %% ../nbs/09_losses.ipynb #bd4b96ec
 def _mix_labels(labels, partner, share):
     soft = soften(labels)
     return blend(soft, soft[partner], share)
 
-# %% ../nbs/09_losses.ipynb #863d2219
+# %% ../nbs/09_losses.ipynb #6efee5ff
 def mixup(
     batch: dict,                         # as `collate` makes it, with equally many pictures a clip
     labels: torch.Tensor,                # `[B]` whole numbers or `[B, 8]` soft
@@ -142,8 +147,9 @@ def mixup(
     "Blend each clip with another: sound, pictures and label in the same shares (Zhang et al. 2018)."
     share, partner = draw_mix(len(labels), alpha, generator)
     mixed = batch | _mix_sound(batch, partner, share)
-    if batch["video"] is not None:
-        mixed |= dict(video=blend(batch["video"], batch["video"][partner], share), video_lengths=_both(batch["video_lengths"], partner))
+    if (video := batch["video"]) is not None:
+        lengths = _both(batch["video_lengths"], partner)
+        mixed |= dict(video=blend(video, video[partner], share), video_lengths=lengths)
     return mixed, _mix_labels(labels, partner, share)
 
 # %% ../nbs/09_losses.ipynb #c3252877
@@ -166,14 +172,16 @@ def _random_box(height, width, share, generator):
     dy, dx = int(height * half), int(width * half)
     return max(y - dy, 0), min(y + dy, height), max(x - dx, 0), min(x + dx, width)
 
-# %% ../nbs/09_losses.ipynb #6fab17ac
+# %% ../nbs/09_losses.ipynb #f0c60949
 def cutmix(
     batch: dict,                         # as `collate` makes it, with equally many pictures a clip
     labels: torch.Tensor,                # `[B]` whole numbers or `[B, 8]` soft
     alpha: float = 1.0,                  # see `draw_mix`
     generator: torch.Generator = None,   # PyTorch's own by default
 ) -> tuple:                              # new batch, soft labels `[B, 8]`
-    "Paste a box of another clip over each clip; label and sound take the share of its area (Yun et al. 2019). Raises `MmferError` without pictures."
+    """Paste a box of another clip over each clip; label and sound take the share of its area (Yun et al. 2019).
+
+    Raises `MmferError` without pictures."""
     if batch["video"] is None: raise MmferError("CutMix needs pictures and this batch has none: use mixup")
     share, partner = draw_mix(len(labels), alpha, generator)
     video, (height, width) = batch["video"], batch["video"].shape[-2:]

@@ -20,7 +20,7 @@ from .core import MmferError, atomic_write
 # %% ../nbs/01_media.ipynb #b38a3968
 SAMPLE_RATE = 16000  # samples a second; every speech encoder in this course wants 16 kHz mono
 
-# %% ../nbs/01_media.ipynb #86d74140
+# %% ../nbs/01_media.ipynb #59955d4f
 def write_clip(
     path,                            # the mp4 file to write
     frames: np.ndarray,              # pictures, uint8 RGB, `[T, H, W, 3]` with even H and W
@@ -30,8 +30,8 @@ def write_clip(
 ):
     "Write pictures (H.264) and mono sound (AAC) as one mp4; the file appears whole or not at all."
     with atomic_write(path, "w+b") as file, av.open(file, "w", format="mp4") as out:
-        video = out.add_stream("libx264", rate=fps, width=frames.shape[2], height=frames.shape[1], pix_fmt="yuv420p",
-                               options={"preset": "veryfast", "crf": "20", "threads": "1"})  # one thread: same bytes each time
+        video = out.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "20", "threads": "1"})
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
         sound = out.add_stream("aac", rate=sample_rate, layout="mono")
         pictures = [av.VideoFrame.from_ndarray(f, format="rgb24") for f in frames]
         samples = av.AudioFrame.from_ndarray(audio[None].astype(np.float32), format="fltp", layout="mono")
@@ -39,35 +39,39 @@ def write_clip(
         for stream, parts in ((video, pictures), (sound, [samples])):
             for part in [*parts, None]: out.mux(stream.encode(part))  # None empties the encoder
 
-# %% ../nbs/01_media.ipynb #46e3b1f2
+# %% ../nbs/01_media.ipynb #8192168c
 def _probe(path):
     "What the container declares: has it sound, has it pictures, how many seconds (0: it does not say)."
     if not path.is_file(): raise MmferError(f"{path} does not exist or is not a file: check the path")
     try:
-        with av.open(str(path)) as box: return bool(box.streams.audio), bool(box.streams.video), (box.duration or 0) / av.time_base
+        with av.open(str(path)) as box:
+            return bool(box.streams.audio), bool(box.streams.video), (box.duration or 0) / av.time_base
     except av.FFmpegError as e:
-        what = "is cut off, its index is missing" if path.read_bytes()[4:8] == b"ftyp" else "is not a media file"
+        is_mp4 = path.read_bytes()[4:8] == b"ftyp"
+        what = "is cut off, its index is missing" if is_mp4 else "is not a media file"
         raise MmferError(f"{path} {what}: copy or download it again") from e
 
-# %% ../nbs/01_media.ipynb #66901de4
-decord.logging.set_level(decord.logging.QUIET)  # a fault reaches the user as one sentence, not as the decoder's log
+# %% ../nbs/01_media.ipynb #265759a0
+decord.logging.set_level(decord.logging.QUIET)  # a fault is told in one sentence, not in the decoder's log
 _BROKEN = (decord.DECORDError, RuntimeError, IndexError)  # what decord raises, by the way a file is broken
 
 
 def _read_sound(path, sample_rate):
     "The whole sound track, mono, `[n]`."
     try: return decord.AudioReader(str(path), sample_rate=sample_rate, mono=True)[:].asnumpy()[0]
-    except _BROKEN as e: raise MmferError(f"{path} has a sound track that cannot be decoded: copy or download it again") from e
+    except _BROKEN as e:
+        raise MmferError(f"{path} has a sound track that cannot be decoded: copy or download it again") from e
 
-# %% ../nbs/01_media.ipynb #d34430b2
+# %% ../nbs/01_media.ipynb #9d271ece
 def _open_pictures(path):
     "A reader for single pictures, and the time at which each one ends, `[n]`."
     try:
-        reader = decord.VideoReader(str(path), num_threads=1)
+        reader = decord.VideoReader(str(path), num_threads=1)  # a loader brings its own processes
         return reader, reader.get_frame_timestamp(range(len(reader)))[:, 1]
-    except _BROKEN as e: raise MmferError(f"{path} has a picture track that is empty or breaks off: copy or download it again") from e
+    except _BROKEN as e:
+        raise MmferError(f"{path} has a picture track that is empty or breaks off: copy or download it again") from e
 
-# %% ../nbs/01_media.ipynb #c00047fe
+# %% ../nbs/01_media.ipynb #14d987ac
 def square(
     frames: np.ndarray,  # pictures, uint8, `[T, H, W, 3]`
     size: int,           # pixels a side of the result
@@ -76,15 +80,17 @@ def square(
     h, w = frames.shape[1:3]
     side = min(h, w)
     y, x = (h - side) // 2, (w - side) // 2
-    how = cv2.INTER_AREA if size < side else cv2.INTER_LINEAR  # AREA averages, so small pictures don't flicker
-    return np.stack([cv2.resize(f[y : y + side, x : x + side], (size, size), interpolation=how) for f in frames])
+    crop = frames[:, y : y + side, x : x + side]
+    how = cv2.INTER_AREA if size < side else cv2.INTER_LINEAR  # AREA averages: no flicker when small
+    return np.stack([cv2.resize(f, (size, size), interpolation=how) for f in crop])
 
-# %% ../nbs/01_media.ipynb #12b9ac7c
+# %% ../nbs/01_media.ipynb #f70f494e
 def _take_pictures(path, reader, ends, times, size):
     "The pictures on show at `times`, cut to squares if a size is given."
     index = np.searchsorted(ends, times, side="right").clip(max=len(ends) - 1)
     try: frames = reader.get_batch(index).asnumpy()
-    except _BROKEN as e: raise MmferError(f"{path} breaks off in the middle of its pictures: copy or download it again") from e
+    except _BROKEN as e:
+        raise MmferError(f"{path} breaks off in the middle of its pictures: copy or download it again") from e
     return frames if size is None else square(frames, size)
 
 # %% ../nbs/01_media.ipynb #9a9053dc
@@ -105,7 +111,7 @@ class Clip:
     @property
     def has_video(self): return self.frames is not None
 
-# %% ../nbs/01_media.ipynb #e93a6602
+# %% ../nbs/01_media.ipynb #0eea0877
 def _sound_problem(has_sound, sound):
     "Why the sound is no use; an empty string if it is."
     if not has_sound: return "no sound track"
@@ -114,23 +120,25 @@ def _sound_problem(has_sound, sound):
 
 def _span(path, sound_end, pictures_end, audio_problem, declared):
     "The seconds that sound and pictures share; either end is 0 when there is no such track."
-    if audio_problem and not pictures_end: raise MmferError(f"{path} holds neither sound nor pictures ({audio_problem}): pass another file")
+    if audio_problem and not pictures_end:
+        raise MmferError(f"{path} holds neither sound nor pictures ({audio_problem}): pass another file")
     last = max(sound_end, pictures_end)
-    if last < declared - 0.25: raise MmferError(f"{path} is cut off after {last:.1f} of {declared:.1f} s: copy or download it again")
+    if last < declared - 0.25:
+        raise MmferError(f"{path} is cut off after {last:.1f} of {declared:.1f} s: copy or download it again")
     if audio_problem: return pictures_end
     return min(sound_end, pictures_end) if pictures_end else sound_end
 
-# %% ../nbs/01_media.ipynb #ecafc23a
+# %% ../nbs/01_media.ipynb #003e567d
 def read_clip(
     path,                            # a media file: mp4, flv, wav, opus, ...
     n_frames: int = 16,              # number of pictures T
-    size: int | None = None,         # pixels a side after a centred square crop; None leaves the pictures as they are
+    size: int | None = None,         # pixels a side after a centred square crop; None: as filmed
     sample_rate: int = SAMPLE_RATE,  # sound samples a second
 ) -> Clip:
     """Read the sound and `n_frames` pictures of a clip, both over the same span of time.
 
-    The span is what sound and pictures share; the picture at the centre of each of `n_frames` equal bins is taken.
-    No sound track, a silent one, or no picture track is said in the clip.
+    The span is what sound and pictures share. It is cut into `n_frames` equal bins; the picture at the centre
+    of each is taken. A missing sound track, a silent one, or no picture track is noted in the clip.
     Raises `MmferError` for a file that is missing, broken, cut off, or has neither sound nor pictures."""
     path = Path(path)
     has_sound, has_pictures, declared = _probe(path)
@@ -139,24 +147,31 @@ def read_clip(
     reader, ends = _open_pictures(path) if has_pictures else (None, [0.0])
     duration = _span(path, len(sound) / sample_rate, float(ends[-1]), audio_problem, declared)
     audio = None if audio_problem else sound[: round(duration * sample_rate)]
-    if not has_pictures: return Clip(path, audio, None, np.zeros(0), duration, video_problem="no picture track")
+    if not has_pictures: return Clip(path, audio, None, np.zeros(0), duration, "", "no picture track")
     times = (np.arange(n_frames) + 0.5) / n_frames * duration
     return Clip(path, audio, _take_pictures(path, reader, ends, times, size), times, duration, audio_problem)
 
-# %% ../nbs/01_media.ipynb #fcdc159c
+# %% ../nbs/01_media.ipynb #7acaad06
 def show_clip(
     clip: Clip,  # the clip to look at
     n: int = 8,  # number of pictures in the strip
 ):               # the matplotlib figure
     "A film strip over the waveform, both on one axis of time."
-    fig, (film, wave) = plt.subplots(2, 1, figsize=(10, 3.2), sharex=True, height_ratios=(2, 1))
-    bins = np.linspace(0, clip.duration, n + 1)
-    for left, right in zip(bins, bins[1:]) if clip.has_video else ():
-        nearest = np.abs(clip.times - (left + right) / 2).argmin()
-        film.imshow(clip.frames[nearest], extent=(left, right, 0, 1), aspect="auto")
-    if clip.has_audio: wave.plot(np.linspace(0, clip.duration, len(clip.audio)), clip.audio, lw=0.4, color="#0072B2")
-    film.set(xlim=(0, clip.duration), ylim=(0, 1), yticks=[], ylabel="pictures", title=clip.video_problem or clip.path.name)
-    wave.set(xlabel="time (s)", ylabel="sound", title=clip.audio_problem)
+    h, w = clip.frames.shape[1:3] if clip.has_video else (1, 1)
+    tall = 7.2 / n * h / w  # inches, so that the pictures keep their proportions
+    fig, (film, trace) = plt.subplots(2, 1, figsize=(8, tall + 1.8), sharex=True, height_ratios=(tall, 0.9))
+    film.set(title=clip.video_problem or clip.path.name, ylabel="pictures", yticks=[])
+    trace.set(title=clip.audio_problem, ylabel="sound", xlabel="time (s)", xlim=(0, clip.duration))
+    if clip.has_video: _draw_strip(film, clip, n)
+    if clip.has_audio: trace.plot(np.linspace(0, clip.duration, len(clip.audio)), clip.audio, lw=0.4, color="#0072B2")
     fig.tight_layout()
     plt.close(fig)
     return fig
+
+
+def _draw_strip(ax, clip, n):
+    bins = np.linspace(0, clip.duration, n + 1)
+    for left, right in zip(bins, bins[1:]):
+        nearest = np.abs(clip.times - (left + right) / 2).argmin()
+        ax.imshow(clip.frames[nearest], extent=(left, right, 0, 1), aspect="auto", interpolation="nearest")
+    ax.set(xlim=(0, clip.duration), ylim=(0, 1))
