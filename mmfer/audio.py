@@ -38,7 +38,7 @@ def _tables(device):
                                   window_fn=torch.hann_window, wkwargs={"periodic": False})
         return spectrogram.to(device), ParakeetFeatureExtractor().mel_filters.to(device)
 
-# %% ../nbs/04_audio.ipynb #5c30dc65
+# %% ../nbs/04_audio.ipynb #27f2a20b
 def normalise(
     mel: torch.Tensor,      # log-mel, `[B, 80, F]`
     lengths: torch.Tensor,  # valid columns, `[B]`
@@ -47,7 +47,7 @@ def normalise(
     mask, n = lengths_to_mask(lengths, mel.shape[-1])[:, None], lengths[:, None, None].clamp(min=1)
     centred = (mel - (mel * mask).sum(-1, keepdim=True) / n) * mask
     std = (centred.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    return torch.where(std > 1e-4, centred / (std + 1e-5), 0.0)  # below: rounding errors of a band that never moves
+    return torch.where(std > 1e-4, centred / (std + 1e-5), 0.0)  # a band that never moves holds rounding errors
 
 # %% ../nbs/04_audio.ipynb #fc63abf6
 class LogMel(nn.Module):
@@ -66,7 +66,7 @@ class LogMel(nn.Module):
             mel_lengths = (lengths // HOP).clamp(min=1) * (lengths > 0)
             return normalise((filters @ power + LOG_GUARD).log(), mel_lengths), mel_lengths
 
-# %% ../nbs/04_audio.ipynb #9267d539
+# %% ../nbs/04_audio.ipynb #35702c53
 @dataclass
 class AudioConfig:
     "Sizes of the audio branch. The defaults are the `full` preset."
@@ -83,7 +83,7 @@ class AudioConfig:
     dropout: float = 0.1              # everywhere
     spec_augment: bool = False        # hide bands and stretches of the mel while training
 
-
+# %% ../nbs/04_audio.ipynb #cf5bd75a
 AUDIO_PRESETS = {
     "tiny": AudioConfig(d_model=64, layers=2, heads=4, ffn=256, subsampling_channels=32),
     "lightweight": AudioConfig(layers=4),
@@ -239,7 +239,7 @@ class AudioBranch(nn.Module, PyTorchModelHubMixin, library_name="mmfer", tags=["
         return BranchOutput(features=features, logits=self.head(self.vote(features)[0][:, 0]), present=lengths > 0,
                             frames=frames, frame_lengths=frame_lengths, attention=attention)
 
-# %% ../nbs/04_audio.ipynb #ae21086f
+# %% ../nbs/04_audio.ipynb #fc089c24
 _NEMO_NAMES = (  # NeMo's name, transformers' name
     ("pre_encode.conv.", "subsampling.layers."), ("pre_encode.out.", "subsampling.linear."),
     (".conv.batch_norm.", ".conv.norm."), (".linear_q.", ".q_proj."), (".linear_k.", ".k_proj."),
@@ -247,7 +247,7 @@ _NEMO_NAMES = (  # NeMo's name, transformers' name
     (".pos_bias_u", ".bias_u"), (".pos_bias_v", ".bias_v"),
 )
 
-
+# %% ../nbs/04_audio.ipynb #6db058a7
 def nemo_key(
     key: str,  # "encoder.layers.0.self_attn.linear_q.weight"
 ) -> str:      # "layers.0.self_attn.q_proj.weight"
@@ -256,7 +256,7 @@ def nemo_key(
     for nemo, ours in _NEMO_NAMES: key = key.replace(nemo, ours)
     return key
 
-# %% ../nbs/04_audio.ipynb #cad83245
+# %% ../nbs/04_audio.ipynb #2681f92a
 _NEMO_FIXED = {
     "encoder": dict(
         subsampling="dw_striding", subsampling_factor=8, causal_downsampling=False, self_attention_model="rel_pos",
@@ -266,7 +266,7 @@ _NEMO_FIXED = {
         normalize="per_feature"),
 }
 
-
+# %% ../nbs/04_audio.ipynb #34f6f328
 def _nemo_config(data, path):
     for part, key in ((p, k) for p in _NEMO_FIXED for k in _NEMO_FIXED[p]):
         want = _NEMO_FIXED[part][key]
@@ -280,7 +280,7 @@ def _nemo_config(data, path):
     if odd: raise MmferError(f"{path}: model_config.yaml gives no number for {odd}: use another checkpoint")
     return AudioConfig(**sizes, bias=e.get("use_bias", True), scale_input=e.get("xscaling", True))
 
-# %% ../nbs/04_audio.ipynb #01ee8253
+# %% ../nbs/04_audio.ipynb #bc9fea11
 def _safe_members(tar, path):
     members = {str(PurePosixPath(m.name)): m for m in tar.getmembers()}
     for name, m in members.items():
@@ -291,7 +291,7 @@ def _safe_members(tar, path):
             raise MmferError(f"{path}: {name} is not in the archive: pass a .nemo file")
     return members
 
-
+# %% ../nbs/04_audio.ipynb #b280da95
 def _read_weights(file, path):
     try: weights = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
@@ -317,7 +317,7 @@ def read_nemo(
     ours = (k for k in weights if k.startswith("encoder.") and not k.startswith("encoder.pos_enc."))
     return config, {nemo_key(k): weights[k] for k in ours}
 
-# %% ../nbs/04_audio.ipynb #30d22a29
+# %% ../nbs/04_audio.ipynb #f85a4b27
 def _fill_encoder(encoder, weights, path):
     own = encoder.state_dict()
     wrong = [k for k in own if k in weights and weights[k].shape != own[k].shape]
@@ -327,7 +327,7 @@ def _fill_encoder(encoder, weights, path):
     if told: raise MmferError(f"{path} does not fit the encoder that its config describes ({told}): use another file")
     encoder.load_state_dict(weights)
 
-
+# %% ../nbs/04_audio.ipynb #b131d144
 def load_nemo(
     path,                # a `.nemo` file of NVIDIA's FastConformer family
 ) -> ParakeetEncoder:    # with the file's sizes and weights, in eval mode
@@ -337,7 +337,7 @@ def load_nemo(
     _fill_encoder(encoder, weights, path)
     return encoder.eval()
 
-# %% ../nbs/04_audio.ipynb #514bda30
+# %% ../nbs/04_audio.ipynb #b29e8c4c
 def time_stretch(
     audio: torch.Tensor,  # `[..., n]`
     rate: float,          # above 1: faster and shorter
@@ -350,7 +350,7 @@ def time_stretch(
     stretched = AF.phase_vocoder(spectrum, rate, advance)
     return torch.istft(stretched, n_fft, hop, window=window, length=round(audio.shape[-1] / rate))
 
-
+# %% ../nbs/04_audio.ipynb #1987cba8
 def pitch_shift(
     audio: torch.Tensor,  # `[..., n]`
     semitones: float,     # 12 are an octave
@@ -360,7 +360,7 @@ def pitch_shift(
     shifted = AF.resample(time_stretch(audio, 100 / percent), percent, 100)
     return nn.functional.pad(shifted, (0, audio.shape[-1] - shifted.shape[-1]))
 
-
+# %% ../nbs/04_audio.ipynb #381f0835
 def add_noise(
     audio: torch.Tensor,  # `[..., n]`
     snr: float,           # signal to noise ratio, dB

@@ -7,9 +7,10 @@ __all__ = ['EMOTIONS', 'N_SEGMENTS', 'COLOURS', 'MmferError', 'check_shape', 'le
            'to_dict', 'from_dict', 'diff_config', 'seed_everything', 'Tier', 'pick_tier', 'this_machine',
            'atomic_write', 'HubModule', 'draw_map', 'exercise', 'count_parameters']
 
-# %% ../nbs/00_core.ipynb #9c9e785d
+# %% ../nbs/00_core.ipynb #21eb12aa
 import contextlib
 import dataclasses
+import io
 import os
 import random
 import tempfile
@@ -169,7 +170,7 @@ def atomic_write(
     finally:
         Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #1b775b43
+# %% ../nbs/00_core.ipynb #13a558a9
 class HubModule(nn.Module, PyTorchModelHubMixin):
     "A module with `save_pretrained`, `push_to_hub`, and a `from_pretrained` that refuses what does not fit exactly."
 
@@ -181,7 +182,9 @@ class HubModule(nn.Module, PyTorchModelHubMixin):
     ):
         "Load config and weights. Raises `MmferError` when a file, a key or a weight is missing or foreign."
         if Path(source).exists(): _require_files(Path(source))
-        try: return super().from_pretrained(source, strict=True, **kwargs)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
+                return super().from_pretrained(source, strict=True, **kwargs)
         except RuntimeError as e: raise MmferError(f"the weights in {source} do not fit {cls.__name__}: {' '.join(str(e).split())}") from e
 
 

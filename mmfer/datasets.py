@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEDIA_SUFFIXES', 'MODALITIES', 'CHANNELS', 'SCHEMES', 'RAVDESS_ACTORS', 'LUNA_FOLDS', 'ClipName', 'parse_name',
-           'find_media', 'clip_table', 'Split', 'make_splits', 'split_table', 'split_by_repetition', 'read_item',
-           'ClipDataset', 'collate']
+           'find_media', 'clip_table', 'Split', 'make_splits', 'split_table', 'split_by_repetition', 'split_corpus',
+           'read_item', 'ClipDataset', 'collate', 'model_inputs']
 
 # %% ../nbs/03_datasets.ipynb #29c48674
 import itertools
@@ -197,6 +197,15 @@ def split_by_repetition(
                                "add second takes (repetition 02) of both statements")
     return {part: rows.reset_index(drop=True) for part, rows in parts.items()}
 
+# %% ../nbs/03_datasets.ipynb #c6e8cd60
+def split_corpus(
+    table: pd.DataFrame,      # as `clip_table` makes it
+    seed: int = 0,            # draws the validation actors
+) -> tuple:                   # ({"train": table, "val": table, "test": table}, whether the test actors are unseen)
+    "Split by actor; a corpus of one actor by repetition. Raises `MmferError` for two actors, who can be split neither way."
+    if table.actor.nunique() == 1: return split_by_repetition(table), False
+    return split_table(table, make_splits(table.actor, seed=seed)[0]), True
+
 # %% ../nbs/03_datasets.ipynb #e238575a
 def _wanted(data, row, problem):
     if data is None:
@@ -257,3 +266,14 @@ def collate(
     video, video_lengths = _pad(items, "video")
     return dict(audio=audio, audio_lengths=audio_lengths, video=video, video_lengths=video_lengths,
                 labels=torch.tensor([x["label"] for x in items]), clip=[x["clip"] for x in items])
+
+# %% ../nbs/03_datasets.ipynb #fceee93b
+_INPUTS = ("audio", "video", "audio_lengths", "video_lengths", "roi_mask")
+
+
+def model_inputs(
+    batch: dict,   # as `collate` makes it
+    device=None,   # where to move it; None leaves it where it is
+) -> dict:         # what `MultimodalFER` takes
+    "The part of a batch that goes into the model, without labels and names."
+    return {k: batch[k].to(device) for k in _INPUTS if batch.get(k) is not None}

@@ -8,10 +8,9 @@ __all__ = ['BOOTSTRAPPED', 'P_COLUMNS', 'score', 'plot_confusion', 'actor_matric
            'fit_temperature', 'add_facts', 'score_results', 'score_by', 'majority_baseline', 'plot_comparison',
            'save_figure', 'evaluation', 'save_report']
 
-# %% ../nbs/11_evaluate.ipynb #884459be
+# %% ../nbs/11_evaluate.ipynb #3d51cd5e
 import json
 from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -21,13 +20,10 @@ from scipy.special import softmax
 from sklearn import metrics
 from torch import nn
 from tqdm.auto import tqdm
-
 from .core import EMOTIONS, MmferError, atomic_write
 
-# %% ../nbs/11_evaluate.ipynb #2711bf17
-def _as_labels(
-    labels, predictions,  # emotion numbers, `[n]` each
-):
+# %% ../nbs/11_evaluate.ipynb #c94e2449
+def _as_labels(labels, predictions):
     "Both as whole-number arrays. Raises `MmferError` where they don't fit together."
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape or labels.ndim != 1:
@@ -70,7 +66,7 @@ def score(
     if actors is not None: out |= _by_actor(labels, predictions, actors)
     return out
 
-# %% ../nbs/11_evaluate.ipynb #676fa6c8
+# %% ../nbs/11_evaluate.ipynb #5bd24ded
 def _matrix_panel(ax, values, text, title):
     "One matrix with a number in each cell, dark on light and light on dark."
     image = ax.imshow(values, cmap="cividis", vmin=0)
@@ -80,7 +76,7 @@ def _matrix_panel(ax, values, text, title):
     ax.set(title=title, xlabel="predicted", xticks=range(len(EMOTIONS)), yticks=range(len(EMOTIONS)))
     ax.set_xticklabels(EMOTIONS, rotation=45, ha="right", rotation_mode="anchor")
 
-
+# %% ../nbs/11_evaluate.ipynb #319fcc2d
 def plot_confusion(
     matrix,           # `[8, 8]` counts, rows are the truth, as `score` returns it
     title: str = "",  # above both panels
@@ -111,7 +107,7 @@ def actor_matrices(
     np.add.at(out, (index, labels, predictions), 1)
     return out
 
-# %% ../nbs/11_evaluate.ipynb #57abb802
+# %% ../nbs/11_evaluate.ipynb #c3668be4
 def matrix_war(matrix):
     "WAR of confusion matrices, `[..., 8, 8] -> [...]`: the share of clips on the diagonal."
     return np.trace(matrix, axis1=-2, axis2=-1) / matrix.sum((-2, -1))
@@ -123,7 +119,7 @@ def matrix_uar(matrix):
     recall = np.diagonal(matrix, axis1=-2, axis2=-1) / np.maximum(n, 1)
     return recall.sum(-1) / (n > 0).sum(-1)
 
-
+# %% ../nbs/11_evaluate.ipynb #8fd762a3
 BOOTSTRAPPED = {"war": matrix_war, "uar": matrix_uar}
 
 # %% ../nbs/11_evaluate.ipynb #465874d4
@@ -164,7 +160,7 @@ def _rows(batch, probabilities):
     facts = dict(clip=batch["clip"], label=batch["labels"].tolist(), prediction=probabilities.argmax(-1))
     return pd.DataFrame(facts).join(pd.DataFrame(probabilities, columns=P_COLUMNS))
 
-# %% ../nbs/11_evaluate.ipynb #6ea64f4e
+# %% ../nbs/11_evaluate.ipynb #88527f64
 @torch.inference_mode()
 def predict(
     model: nn.Module,       # called as `MultimodalFER`; its answer has `.logits` `[B, 8]`
@@ -177,10 +173,11 @@ def predict(
     device = next(model.parameters()).device
     was_training, rows = model.training, []
     model.eval()
-    for batch in tqdm(loader, "predict", disable=not progress):
-        out = model(**{k: batch[k].to(device) for k in _INPUTS if batch.get(k) is not None})
-        rows.append(_rows(batch, out.logits.cpu().double().softmax(-1).numpy()))
-    model.train(was_training)
+    try:
+        for batch in tqdm(loader, "predict", disable=not progress):
+            out = model(**{k: batch[k].to(device) for k in _INPUTS if batch.get(k) is not None})
+            rows.append(_rows(batch, out.logits.cpu().double().softmax(-1).numpy()))
+    finally: model.train(was_training)
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/11_evaluate.ipynb #c825a62c
@@ -230,7 +227,7 @@ def plot_reliability(
     plt.close(fig)
     return fig
 
-# %% ../nbs/11_evaluate.ipynb #a41d845e
+# %% ../nbs/11_evaluate.ipynb #1a2c844a
 def apply_temperature(
     probabilities,       # `[n, 8]`
     temperature: float,  # above 1 makes less sure, below 1 more sure
@@ -239,7 +236,7 @@ def apply_temperature(
     log_p = np.log(np.maximum(np.asarray(probabilities, float), np.finfo(float).tiny))
     return softmax(log_p / temperature, axis=-1)
 
-
+# %% ../nbs/11_evaluate.ipynb #09f5e520
 def fit_temperature(
     labels,         # emotions of validation clips, never of test clips, `[n]`
     probabilities,  # `[n, 8]`
@@ -248,7 +245,7 @@ def fit_temperature(
     def loss(log_t): return metrics.log_loss(labels, apply_temperature(probabilities, np.exp(log_t)), labels=range(len(EMOTIONS)))
     return float(np.exp(minimize_scalar(loss, bounds=np.log([0.1, 10]), method="bounded").x))
 
-# %% ../nbs/11_evaluate.ipynb #d6c67e22
+# %% ../nbs/11_evaluate.ipynb #2e48ae04
 def add_facts(
     results: pd.DataFrame,  # as `predict` returns it
     table: pd.DataFrame,    # as `datasets.clip_table` returns it
@@ -258,7 +255,7 @@ def add_facts(
     if unknown: raise MmferError(f"clip {unknown[0]} is not in the table: pass the table that the clips came from")
     return results.merge(table[["clip", "actor", "gender", "intensity"]], on="clip", validate="many_to_one")
 
-
+# %% ../nbs/11_evaluate.ipynb #bdf77636
 def score_results(
     results: pd.DataFrame,  # as `add_facts` returns it
 ) -> dict:
@@ -287,7 +284,7 @@ def majority_baseline(
     most = np.bincount(np.asarray(train_labels), minlength=len(EMOTIONS)).argmax()
     return score(labels, np.full(len(labels), most))
 
-# %% ../nbs/11_evaluate.ipynb #09498051
+# %% ../nbs/11_evaluate.ipynb #9be17052
 def _bar(ax, y, value, interval):
     "One system: a bar, its interval, its value."
     low, high = interval or (value, value)
@@ -295,16 +292,16 @@ def _bar(ax, y, value, interval):
     ax.errorbar(value, y, xerr=[[value - low], [high - value]], color="black", lw=2, capsize=5)
     ax.text(1.03, y, f"{value:.3f}" + (f"  [{low:.3f}, {high:.3f}]" if interval else "  no interval"), va="center", fontsize=9)
 
-
+# %% ../nbs/11_evaluate.ipynb #67b40c14
 def plot_comparison(
     scores: dict,           # name of a system -> its `score`
     ceilings: dict = None,  # name of a system -> the best value it could reach, where that is known
     metric: str = "uar",    # "war" or "uar"
 ):                          # the figure
-    "Systems as bars with their intervals by actor, beside chance (1/8) and the known ceilings."
+    "Systems as bars with their intervals by actor, beside uniform guessing and the known ceilings."
     fig, ax = plt.subplots(figsize=(8.5, 1.5 + 0.5 * len(scores)), layout="constrained")
     for y, s in enumerate(scores.values()): _bar(ax, y, s[metric], (s.get("intervals") or {}).get(metric))
-    ax.axvline(1 / len(EMOTIONS), ls="--", color="#444444", label="chance")
+    ax.axvline(1 / len(EMOTIONS), ls="--", color="#444444", label="uniform guessing, 1/8")
     for i, (name, best) in enumerate((ceilings or {}).items()):
         y = list(scores).index(name)
         ax.vlines(best, y - 0.42, y + 0.42, color="#D55E00", lw=4, label=None if i else "best that is possible")
@@ -326,7 +323,13 @@ def save_figure(
 
 def _json_table(table): return json.loads(table.to_json(orient="index", double_precision=15))
 
-# %% ../nbs/11_evaluate.ipynb #5242a6cc
+# %% ../nbs/11_evaluate.ipynb #9f4824b6
+def _calibration(results, validation):
+    "The temperature that suits the validation clips, and what it does to the test clips."
+    t = fit_temperature(validation["label"], validation[P_COLUMNS])
+    return dict(temperature=t, ece_scaled=ece(results["label"], apply_temperature(results[P_COLUMNS], t)))
+
+# %% ../nbs/11_evaluate.ipynb #f23539cf
 def evaluation(
     results: pd.DataFrame,            # of the test clips, as `add_facts` returns it
     validation: pd.DataFrame = None,  # of the validation clips, as `predict` returns it; adds "temperature" and "ece_scaled"
@@ -334,9 +337,7 @@ def evaluation(
 ) -> dict:                            # ready for JSON
     "Everything this chapter can say about a model: `score_results`, by gender, by intensity, calibration and baseline."
     out = score_results(results) | {f"by_{c}": _json_table(score_by(results, c)) for c in ("gender", "intensity")}
-    if validation is not None:
-        out["temperature"] = fit_temperature(validation["label"], validation[P_COLUMNS])
-        out["ece_scaled"] = ece(results["label"], apply_temperature(results[P_COLUMNS], out["temperature"]))
+    if validation is not None: out |= _calibration(results, validation)
     if train_labels is not None: out["majority"] = majority_baseline(train_labels, results["label"])
     return out
 

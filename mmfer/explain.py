@@ -6,10 +6,9 @@
 __all__ = ['even_shares', 'Explanation', 'model_inputs', 'explain', 'plot_explanation', 'overlap', 'cue_hit', 'mask_sound',
            'mask_pictures', 'occlude', 'plot_occlusion', 'agreement']
 
-# %% ../nbs/12_explain.ipynb #fec0cf64
+# %% ../nbs/12_explain.ipynb #f3ebcf2c
 import dataclasses
 from dataclasses import dataclass
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,11 +17,10 @@ from matplotlib.collections import LineCollection
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm.auto import tqdm
-
 from .core import COLOURS, EMOTIONS, MmferError, segment_mask
 from .media import Clip
 
-# %% ../nbs/12_explain.ipynb #5dab5110
+# %% ../nbs/12_explain.ipynb #7d55adbd
 def even_shares(
     n: int,         # frames of a clip
     segments: int,  # segments S
@@ -31,18 +29,19 @@ def even_shares(
     mask = segment_mask(torch.tensor([n]), n, segments)[0].numpy()
     return mask / mask.sum(1, keepdims=True)
 
-
+# %% ../nbs/12_explain.ipynb #02b78d87
 def _sound_weight(out):
     "Weight of each real sound frame: its weight in a segment times the weight of the segment, over all segments."
-    weight = _array(out.temporal_attention) @ _array(out.audio_attention)
-    return weight[: np.flatnonzero(weight).max() + 1]  # padding, at the end, has no weight
+    within = _array(out.audio_attention)
+    real = np.flatnonzero(within.any(0)).max() + 1  # padding, at the end, has no weight in any segment
+    return _array(out.temporal_attention) @ within[:, :real]
 
 
 def _frame_weight(out):
     "Weight of each picture: a segment shares its weight equally among its pictures."
     return _array(out.temporal_attention) @ even_shares(out.visual_scores.shape[1], out.temporal_attention.shape[1])
 
-
+# %% ../nbs/12_explain.ipynb #a16e9304
 def _patch_weight(out):
     "Weight of each patch: the gate of a kept one, nothing for a dropped one."
     scores, kept = out.visual_scores[0].float(), out.visual_kept[0]
@@ -65,7 +64,7 @@ class Explanation:
     @property
     def emotion(self): return EMOTIONS[self.probabilities.argmax()]
 
-# %% ../nbs/12_explain.ipynb #343dae45
+# %% ../nbs/12_explain.ipynb #8fa93e76
 def model_inputs(
     clip: Clip,    # as `media.read_clip` returns it
     device="cpu",  # where the model is
@@ -76,7 +75,7 @@ def model_inputs(
     if clip.has_video: out |= dict(video=torch.tensor(clip.frames).permute(0, 3, 1, 2)[None], video_lengths=torch.tensor([len(clip.frames)]))
     return {k: v.to(device) for k, v in out.items()}
 
-
+# %% ../nbs/12_explain.ipynb #ed9d3647
 @torch.inference_mode()
 def _answer(model, clip, **options):
     "The model's answer to one clip, in evaluation mode; the mode is put back afterwards."
@@ -87,7 +86,7 @@ def _answer(model, clip, **options):
 
 def _array(tensor): return tensor[0].float().cpu().numpy()
 
-# %% ../nbs/12_explain.ipynb #2b38d97b
+# %% ../nbs/12_explain.ipynb #6b7089d9
 def explain(
     model: nn.Module,  # a `MultimodalFER`
     clip: Clip,        # as `media.read_clip` returns it, in the model's picture size
@@ -95,13 +94,13 @@ def explain(
     "Where the model's attention lies in a clip. Raises `MmferError` for a model that weighs no segments (late fusion)."
     out = _answer(model, clip, output_attentions=True)
     if out.temporal_attention is None: raise MmferError(f"this model has no attention over time to show for {clip.path}: use `occlude`, which needs none")
-    result = Explanation(clip.duration, _array(out.logits.softmax(-1)), _array(out.temporal_attention))
+    fusion = None if out.fusion_attention is None else _array(out.fusion_attention)
+    result = Explanation(clip.duration, _array(out.logits.softmax(-1)), _array(out.temporal_attention), fusion=fusion)
     if out.audio_attention is not None: result.sound = _sound_weight(out)
     if out.visual_scores is not None: result.frames, result.patches = _frame_weight(out), _patch_weight(out)
-    if out.fusion_attention is not None: result.fusion = _array(out.fusion_attention)
     return result
 
-# %% ../nbs/12_explain.ipynb #58bd58dc
+# %% ../nbs/12_explain.ipynb #9347e23d
 def _outline(mask, left, right):
     "The border of a region of patches, as lines in the place of one picture of the film strip."
     side, padded = len(mask), np.pad(mask, 1).astype(int)
@@ -110,62 +109,62 @@ def _outline(mask, left, right):
     flat = [[(x(j), y(i)), (x(j + 1), y(i))] for i, j in np.argwhere(np.diff(padded[:, 1:-1], axis=0))]
     return upright + flat
 
-
+# %% ../nbs/12_explain.ipynb #5b25bd5d
 def _picture(ax, frame, weight, left, right, shade):
     "One picture of the film strip: a patch is as bright as its weight, kept patches have an outline."
-    place = dict(extent=(left, right, 0, 1), aspect="auto")
+    place = dict(extent=(left, right, 0, 1), aspect="auto", interpolation="nearest")
     ax.imshow(frame, **place)
     ax.imshow(np.dstack([np.zeros((*weight.shape, 3)), shade]), **place)
     ax.add_collection(LineCollection(_outline(weight > 0, left, right), colors="white", lw=1.5))
 
-
+# %% ../nbs/12_explain.ipynb #015c360e
 def _film(ax, e, clip, truth):
     "One picture a segment; the true box is dashed while the cue lasts."
     n, peak = len(e.segments), e.patches.max()
     for left, right in zip(np.arange(n) / n * e.duration, np.arange(1, n + 1) / n * e.duration):
         t = np.abs(clip.times - (left + right) / 2).argmin()
-        _picture(ax, clip.frames[t], e.patches[t], left, right, 0.72 * (1 - e.patches[t] / peak))
+        _picture(ax, clip.frames[t], e.patches[t], left, right, 0.6 * (1 - e.patches[t] / peak))
         if truth and truth["start"] <= clip.times[t] < truth["end"]: _box(ax, truth["box"], left, right)
     ax.set(ylim=(0, 1), yticks=[], ylabel="pictures", title="Pictures: a bright patch counts more, outlined patches were kept" + ", the true place is dashed" * bool(truth))
 
-
+# %% ../nbs/12_explain.ipynb #341ad179
 def _box(ax, box, left, right):
     x0, y0, x1, y1 = box
     x = left + (right - left) * np.array([x0, x1, x1, x0, x0])
     ax.plot(x, 1 - np.array([y0, y0, y1, y1, y0]), "--", color="#E69F00", lw=1.8)
 
-# %% ../nbs/12_explain.ipynb #433400f5
+# %% ../nbs/12_explain.ipynb #78f7e03d
 _CUE = dict(color="#E69F00", alpha=0.35, lw=0)  # the true window, the same in every picture
 
 
-def _shade(ax, truth, label):
-    "Shade the window of the true cue."
-    ax.axvspan(truth["start"], truth["end"], zorder=0, **_CUE)
-    ax.text((truth["start"] + truth["end"]) / 2, 0.04, label, transform=ax.get_xaxis_transform(), ha="center",
-            fontsize=9, weight="bold", bbox=dict(fc="white", ec="none", alpha=0.8, pad=1) if label else None)
+def _shade(ax, truth):
+    "Shade the window of the true cue, where it is known."
+    if truth: ax.axvspan(truth["start"], truth["end"], zorder=0, **_CUE)
 
-
+# %% ../nbs/12_explain.ipynb #50b6991f
 def _wave(ax, e, clip, truth):
-    "The waveform in grey, the attention over it as steps."
-    if truth: _shade(ax, truth, "true cue")
-    ax.plot(np.linspace(0, e.duration, len(clip.audio)), clip.audio, color="#999999", lw=0.4)
+    "The outline of the waveform in grey, the attention over it as steps."
+    _shade(ax, truth)
+    parts = np.array_split(clip.audio, 800)  # the outline of the wave
+    ax.fill_between(np.linspace(0, e.duration, 800), [p.min() for p in parts], [p.max() for p in parts], color="#BBBBBB", lw=0)
     over, n = ax.twinx(), len(e.sound)
     height = e.sound / even_shares(n, len(e.segments)).mean(0)
     over.stairs(height, np.linspace(0, e.duration, n + 1), baseline=None, color="#0072B2", lw=2)
     over.axhline(1, color="black", ls=":", lw=1)
-    over.set(ylim=(0, 1.25 * max(height.max(), 1)), ylabel="attention,\n1 = even")
+    over.set(ylim=(0, 1.35 * max(height.max(), 1)), ylabel="attention,\n1 = even")
+    if truth: over.text((truth["start"] + truth["end"]) / 2, 0.88, "true cue", transform=over.get_xaxis_transform(), ha="center", va="center", weight="bold")
     ax.set(ylabel="sound", title="Sound: attention over time (blue; dotted: even)")
 
-
+# %% ../nbs/12_explain.ipynb #5b660d09
 def _segments(ax, e, clip, truth):
     "How much each segment of the fused clip counts in the decision."
-    if truth: _shade(ax, truth, "")
+    _shade(ax, truth)
     n = len(e.segments)
     ax.bar((np.arange(n) + 0.5) / n * e.duration, e.segments, 0.6 * e.duration / n, color="#0072B2")
     ax.axhline(1 / n, color="black", ls=":", lw=1)
     ax.set(ylabel="weight", xlabel="time (s)", xlim=(0, e.duration), title="Segments: weight in the decision (dotted: even)")
 
-# %% ../nbs/12_explain.ipynb #23c4c159
+# %% ../nbs/12_explain.ipynb #41ede9d4
 def _fusion(ax, fusion):
     "Who looks at whom in the fusion, beside an even share of what it may look at; grey: may not look."
     allowed = fusion > 0
@@ -177,7 +176,7 @@ def _fusion(ax, fusion):
     ax.set_xticks(range(len(names)), names, fontsize=7)
     ax.set_yticks(range(len(names)), names, fontsize=7)
 
-
+# %% ../nbs/12_explain.ipynb #7664dd53
 def _ranking(ax, probabilities):
     "The emotions by probability, the first on top."
     order = np.argsort(probabilities)
@@ -188,10 +187,10 @@ def _ranking(ax, probabilities):
     ax.set(title="Answer", xlabel="probability", xlim=(0, max(0.4, 1.18 * probabilities.max())))
     ax.legend(loc="lower right", fontsize=8)
 
-# %% ../nbs/12_explain.ipynb #1780767a
-_HEIGHTS = {_film: 2.0, _wave: 1.5, _segments: 1.15}  # inches
+# %% ../nbs/12_explain.ipynb #fd7be371
+_HEIGHTS = {_film: 1.9, _wave: 1.8, _segments: 1.3}  # inches
 
-
+# %% ../nbs/12_explain.ipynb #edcb0c5e
 def plot_explanation(
     explanation: Explanation,  # as `explain` returns it
     clip: Clip,                # the clip that was explained
@@ -201,8 +200,9 @@ def plot_explanation(
     e, have = explanation, {_film: explanation.patches, _wave: explanation.sound, _segments: explanation.segments}
     rows = [draw for draw, values in have.items() if values is not None]
     heights = [_HEIGHTS[r] for r in rows]
-    fig = plt.figure(figsize=(10, sum(heights) + 4), layout="constrained")
-    upper, lower = fig.subfigures(2, 1, height_ratios=(sum(heights), 4))
+    bottom = 2.6 if e.fusion is None else 4
+    fig = plt.figure(figsize=(10, sum(heights) + bottom), layout="constrained")
+    upper, lower = fig.subfigures(2, 1, height_ratios=(sum(heights), bottom))
     for draw, ax in zip(rows, upper.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]): draw(ax, e, clip, truth)
     parts = [(_ranking, e.probabilities)] if e.fusion is None else [(_fusion, e.fusion), (_ranking, e.probabilities)]
     for (draw, values), ax in zip(parts, lower.subplots(1, len(parts), squeeze=False)[0]): draw(ax, values)
@@ -210,7 +210,7 @@ def plot_explanation(
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_explain.ipynb #f742fe0b
+# %% ../nbs/12_explain.ipynb #41eb4721
 def overlap(
     n: int,         # number of equal bins
     length: float,  # what they cover: 0 to length
@@ -221,7 +221,7 @@ def overlap(
     edges = np.linspace(0, length, n + 1)
     return np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], start), 0, None) / (length / n)
 
-
+# %% ../nbs/12_explain.ipynb #b59785f8
 def _hit(weight, even, inside): return dict(inside=float((weight * inside).sum()), chance=float((even * inside).sum()))
 
 # %% ../nbs/12_explain.ipynb #5e4ee9e6
@@ -243,22 +243,20 @@ def cue_hit(
     seen = np.average(explanation.patches, axis=0, weights=window(explanation.frames))
     return out | {"patches": _hit(seen, 1 / box.size, box)}
 
-# %% ../nbs/12_explain.ipynb #2e55d53d
+# %% ../nbs/12_explain.ipynb #5b635147
 def mask_sound(
     clip: Clip,    # a clip with sound
     start: float,  # seconds
     end: float,    # seconds
 ) -> Clip:         # a copy
-    """Replace a window of the sound by noise with the loudness and the long-term spectrum of the whole clip.
-
-    Silence would not do: the log-mel of silence is far from any voice and would shift the normalisation of the whole clip."""
+    "Replace a window of the sound by noise with the loudness and the long-term spectrum of the whole clip; silence would shift its normalisation."
     spectrum = np.abs(np.fft.rfft(clip.audio))
     phase = np.random.default_rng(0).uniform(0, 2 * np.pi, len(spectrum))
     noise = np.fft.irfft(spectrum * np.exp(1j * phase), len(clip.audio)).astype(np.float32)
     time = (np.arange(len(noise)) + 0.5) / len(noise) * clip.duration
     return dataclasses.replace(clip, audio=np.where((time >= start) & (time < end), noise, clip.audio))
 
-
+# %% ../nbs/12_explain.ipynb #67bcebd3
 def mask_pictures(
     clip: Clip,    # a clip with pictures
     start: float,  # seconds
@@ -310,7 +308,7 @@ def plot_occlusion(
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_explain.ipynb #f18e832b
+# %% ../nbs/12_explain.ipynb #0b8384d1
 def agreement(
     explanation: Explanation,  # as `explain` returns it
     occlusion: pd.DataFrame,   # as `occlude` returns it, of the same clip and model
@@ -320,5 +318,5 @@ def agreement(
     for name, weight in {"sound": explanation.sound, "pictures": explanation.frames}.items():
         if weight is None: continue
         inside = [weight @ overlap(len(weight), explanation.duration, a, b) for a, b in zip(occlusion.start, occlusion.end)]
-        out[name] = float(spearmanr(inside, occlusion[name]).statistic)
+        out[name] = float(spearmanr(np.round(inside, 6), occlusion[name].round(6)).statistic)  # rounded: what is equal must tie
     return out

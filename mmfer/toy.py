@@ -355,7 +355,7 @@ def _film(actor, face, weights, times, place, size, rng):
     sway = place + 0.01 * np.sin(2 * np.pi * (0.4 * times[:, None] + rng.random(2)))
     return np.stack([draw_face(actor, pose(face, w, t), size, s) for w, t, s in zip(weights, talk, sway)])
 
-# %% ../nbs/02_toy.ipynb #77b8c5a1
+# %% ../nbs/02_toy.ipynb #ab7bbab6
 def perform(
     part: Part,            # which clip
     size: int = 64,        # pixels a side
@@ -365,12 +365,12 @@ def perform(
     "Draw and say one clip: the actor's plain face and voice, and one cue in a window of time that both share."
     rng, (voice, face) = np.random.default_rng([part.seed, *part.numbers]), part.groups
     start, end, strength = _cue(part, seconds, rng)
-    weight = lambda times: strength * cue_weight(times, start, end)
-    audio = say(part.actor, voice, weight(np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE), part.statement, rng)
+    samples = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    audio = say(part.actor, voice, strength * cue_weight(samples, start, end), part.statement, rng)
     place, times = rng.uniform(-0.02, 0.02, 2), (np.arange(round(seconds * fps)) + 0.5) / fps
-    frames = _film(part.actor, face, weight(times), times, place, size, rng)
-    truth = dict(start=start, end=end, box=_face_box(part.actor, *(0.5 + place)), voice_group=voice, face_group=face)
-    return frames, audio, truth
+    frames = _film(part.actor, face, strength * cue_weight(times, start, end), times, place, size, rng)
+    box = _face_box(part.actor, *(0.5 + place))
+    return frames, audio, dict(start=start, end=end, box=box, voice_group=voice, face_group=face)
 
 # %% ../nbs/02_toy.ipynb #773f1de5
 def script(

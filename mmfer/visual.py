@@ -31,7 +31,7 @@ from transformers.utils import logging
 from .audio import SegmentPool
 from .core import EMOTIONS, BranchOutput, MmferError, from_dict, lengths_to_mask
 
-# %% ../nbs/05_visual.ipynb #66118045
+# %% ../nbs/05_visual.ipynb #f2ef0783
 @dataclass
 class VisualConfig:
     "Everything that decides the shape of a `VisualBranch`. The defaults are SigLIP2 base with six temporal layers."
@@ -55,7 +55,7 @@ class VisualConfig:
         "Patches along one side of the picture."
         return self.image_size // self.patch_size
 
-
+# %% ../nbs/05_visual.ipynb #9e81d7d8
 VISUAL_PRESETS = {
     "tiny": VisualConfig(d_model=64, layers=2, heads=4, ffn=256, image_size=64, patch_size=8, top_k=16,
                          temporal_layers=2, temporal_heads=4, freeze=False),
@@ -72,19 +72,19 @@ def normalise(
     if frames.max() > 2: raise MmferError(f"video has values up to {frames.max():.0f}: pass uint8, or floats between 0 and 1")
     return frames * 2 - 1
 
-# %% ../nbs/05_visual.ipynb #c02646ae
+# %% ../nbs/05_visual.ipynb #2f468344
 def build_siglip(
     config: VisualConfig,  # sizes
 ) -> SiglipVisionModel:    # `[B, 3, H, W]` -> last_hidden_state `[B, N, D]`
     "The vision tower of SigLIP (Zhai et al. 2023; SigLIP2: Tschannen et al. 2025) with random weights, without its pooling head."
     return SiglipVisionModel(SiglipVisionConfig(
-        hidden_size=config.d_model, num_hidden_layers=config.layers, num_attention_heads=config.heads, intermediate_size=config.ffn,
-        image_size=config.image_size, patch_size=config.patch_size, vision_use_head=False))
+        hidden_size=config.d_model, num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        intermediate_size=config.ffn, image_size=config.image_size, patch_size=config.patch_size, vision_use_head=False))
 
-# %% ../nbs/05_visual.ipynb #d75631a6
+# %% ../nbs/05_visual.ipynb #ada0fba7
 _NOT_VISION = ("head.", "vision_model.head.", "text_model.", "logit_")  # parts of a SigLIP checkpoint that a vision tower has no use for
 
-
+# %% ../nbs/05_visual.ipynb #0621655e
 @contextlib.contextmanager
 def _quiet():
     "Without the library's own report of the keys: ours is an error."
@@ -93,7 +93,7 @@ def _quiet():
     try: yield
     finally: logging.set_verbosity(before)
 
-
+# %% ../nbs/05_visual.ipynb #7612f13a
 def _misfits(info):
     bad = {"missing": info["missing_keys"], "of another shape": [k[0] for k in info["mismatched_keys"]],
            "unknown": [k for k in info["unexpected_keys"] if not k.startswith(_NOT_VISION)]}
@@ -112,10 +112,10 @@ def load_siglip(
     if bad: raise MmferError(f"{source} is no SigLIP vision tower of fixed resolution, these weights do not fit: {bad}")
     return model.train()
 
-# %% ../nbs/05_visual.ipynb #e539f24c
+# %% ../nbs/05_visual.ipynb #9f542843
 YUNET = "opencv/face_detection_yunet"  # hub id, Apache-2.0
 
-
+# %% ../nbs/05_visual.ipynb #a232a336
 def load_yunet(
     source=YUNET,     # an .onnx file, or a hub id that holds face_detection_yunet_2023mar.onnx
     min_score=0.7,    # detections below this are left out
@@ -152,12 +152,12 @@ def overlap(
     both = corner.clip(0).prod(1)
     return both / (np.prod(a[2:] - a[:2]) + (b[:, 2:4] - b[:, :2]).prod(1) - both)
 
-# %% ../nbs/05_visual.ipynb #d802453a
+# %% ../nbs/05_visual.ipynb #2b0e8dd8
 def _largest(faces):
     "The largest box of one frame, `[4]`."
     return faces[(faces[:, 2:4] - faces[:, :2]).prod(1).argmax(), :4]
 
-
+# %% ../nbs/05_visual.ipynb #34e599bf
 def follow(
     faces: list,     # detections of each frame, `[n, 5]` each; at least one frame has one
 ) -> np.ndarray:     # box of one face in each frame, `[T, 4]`, NaN where it was not seen
@@ -202,14 +202,14 @@ def squares_around(
     corner = np.rint((boxes[:, :2] + boxes[:, 2:]) / 2 - side / 2).clip(0, [width - side, height - side])
     return np.concatenate([corner, corner + side], 1).astype(int)
 
-# %% ../nbs/05_visual.ipynb #4d4c447a
+# %% ../nbs/05_visual.ipynb #66aac68a
 def _track_message(name, faces, seen):
     most, lost = max(map(len, faces)), int((~seen).sum())
     told = [f"{most} faces are in the picture, the largest is followed"] if most > 1 else []
     if lost: told.append(f"the face was not found in {lost} of {len(seen)} frames, its last place is used there without a mask")
     return f"{name}: {'; '.join(told)}" if told else ""
 
-
+# %% ../nbs/05_visual.ipynb #6397f8ef
 def track_face(
     detector,             # from `load_yunet`
     frames: np.ndarray,   # RGB, uint8 `[T, H, W, 3]`
@@ -218,10 +218,12 @@ def track_face(
 ) -> FaceTrack:
     "Find and follow one face. Raises `MmferError` when no frame shows one."
     faces = [detect_faces(detector, f) for f in frames]
-    if not any(map(len, faces)): raise MmferError(f'{name}: no face was found in any of {len(frames)} frames; pass faces="none" to keep the whole frame')
+    if not any(map(len, faces)):
+        raise MmferError(f'{name}: no face was found in any of {len(frames)} frames; pass faces="none" to keep the whole frame')
     boxes = follow(faces)
     seen, boxes = ~np.isnan(boxes[:, 0]), smooth_boxes(boxes)
-    return FaceTrack(boxes, squares_around(boxes, *frames.shape[1:3], margin), seen, _track_message(name, faces, seen))
+    squares = squares_around(boxes, *frames.shape[1:3], margin)
+    return FaceTrack(boxes, squares, seen, _track_message(name, faces, seen))
 
 # %% ../nbs/05_visual.ipynb #df2522c2
 def grid_mask(
@@ -235,7 +237,7 @@ def grid_mask(
     inside = (centre >= boxes[:, :2, None]) & (centre < boxes[:, 2:, None])
     return (inside[:, 1, :, None] & inside[:, 0, None, :]).reshape(len(boxes), -1)
 
-# %% ../nbs/05_visual.ipynb #bd160563
+# %% ../nbs/05_visual.ipynb #96b9c635
 @dataclass
 class FaceCrops:
     "A clip cut to its face."
@@ -243,7 +245,7 @@ class FaceCrops:
     roi_mask: np.ndarray  # patches on the face, bool `[T, grid * grid]`; all False in a frame without a face: no preference
     track: FaceTrack      # None with faces="none"
 
-
+# %% ../nbs/05_visual.ipynb #e60d3f36
 def crop_faces(
     frames: np.ndarray,   # RGB, uint8 `[T, H, W, 3]`
     faces=YUNET,          # a detector from `load_yunet`, something it can load, or "none": keep the frame (its middle square)
@@ -260,16 +262,17 @@ def crop_faces(
     mask = grid_mask(track.boxes, track.squares, grid) & track.seen[:, None]
     return FaceCrops(_cut(frames, track.squares, size), mask, track)
 
-
+# %% ../nbs/05_visual.ipynb #1f7e312e
 def _keep_frame(frames, size, grid):
     t, h, w = frames.shape[:3]
     side, x, y = min(h, w), max(w - h, 0) // 2, max(h - w, 0) // 2
     return FaceCrops(_cut(frames, np.tile([x, y, x + side, y + side], (t, 1)), size), np.zeros((t, grid**2), bool), None)
 
-
+# %% ../nbs/05_visual.ipynb #d51933e9
 def _cut(frames, squares, size):
     cut = [f[y0:y1, x0:x1] for f, (x0, y0, x1, y1) in zip(frames, squares)]
-    return np.stack([cv2.resize(c, (size, size), interpolation=cv2.INTER_AREA if len(c) > size else cv2.INTER_CUBIC) for c in cut])
+    how = cv2.INTER_AREA if len(cut[0]) > size else cv2.INTER_CUBIC
+    return np.stack([cv2.resize(c, (size, size), interpolation=how) for c in cut])
 
 # %% ../nbs/05_visual.ipynb #9ccafa7b
 def global_tokens(
@@ -364,7 +367,7 @@ def time_encoding(
     angle = 2 * math.pi * place[..., None] * waves
     return torch.cat([angle.sin(), angle.cos()], -1)
 
-# %% ../nbs/05_visual.ipynb #d2f0161d
+# %% ../nbs/05_visual.ipynb #fc45150a
 class FeedForward(nn.Sequential):
     "Widen, bend, narrow: the second half of every block."
 
@@ -374,7 +377,8 @@ class FeedForward(nn.Sequential):
         hidden: int,      # width between
         dropout: float,   # share of values set to zero in training
     ):
-        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout))
+        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout),
+                         nn.Linear(hidden, dim), nn.Dropout(dropout))
 
 # %% ../nbs/05_visual.ipynb #8679b589
 class GSCB(nn.Module):
@@ -433,7 +437,7 @@ class TemporalAttention(nn.Module):
         x = x + self.dropout(self.attention(h, h, h, key_padding_mask=~mask, need_weights=False)[0])
         return x + self.feed_forward(x)
 
-# %% ../nbs/05_visual.ipynb #c78e339a
+# %% ../nbs/05_visual.ipynb #8079b3a9
 class TemporalEncoder(nn.Module):
     "Blocks over time: GSCB for what happens between neighbours, attention for the clip as a whole."
 
@@ -449,7 +453,8 @@ class TemporalEncoder(nn.Module):
         super().__init__()
         n = round(attention_share * layers)
         turns = [(i + 1) * n // layers > i * n // layers for i in range(layers)]
-        self.blocks = nn.ModuleList(TemporalAttention(dim, heads, hidden, dropout) if a else GSCB(dim, hidden, dropout) for a in turns)
+        attention, gscb = (lambda: TemporalAttention(dim, heads, hidden, dropout)), (lambda: GSCB(dim, hidden, dropout))
+        self.blocks = nn.ModuleList(attention() if a else gscb() for a in turns)
         self.join = ChangeStream(dim)
         self.time_scale = nn.Parameter(torch.tensor(0.1))  # how loud the clock is, learned
         self.norm = nn.LayerNorm(dim)
@@ -465,7 +470,7 @@ class TemporalEncoder(nn.Module):
         for block in self.blocks: x = block(x, mask)
         return self.norm(x).masked_fill(~mask[..., None], 0)
 
-# %% ../nbs/05_visual.ipynb #3b1579fd
+# %% ../nbs/05_visual.ipynb #b95f84bb
 class VisionTower(nn.Module):
     "What one may do with the SigLIP tower in `self.vision`."
 
@@ -487,7 +492,8 @@ class VisionTower(nn.Module):
 
     def gradient_checkpointing_enable(self):
         "Remember only the input of each block and compute the rest again in the backward pass (Chen et al. 2016)."
-        self.vision.gradient_checkpointing_enable()
+        enable = getattr(self.vision, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+        (enable or self.vision.gradient_checkpointing_enable)()
         return self
 
     def load_siglip(
@@ -503,17 +509,17 @@ class VisionTower(nn.Module):
         self.vision, self.weights_from = vision, str(source)
         return self.freeze() if self.config.freeze else self
 
-# %% ../nbs/05_visual.ipynb #2fe639ea
+# %% ../nbs/05_visual.ipynb #87151286
 def _check_config(c):
     if c.image_size % c.patch_size: raise MmferError(f"image_size {c.image_size} is no multiple of patch_size {c.patch_size}: change one of them")
     if not 0 < c.top_k <= c.grid**2: raise MmferError(f"top_k {c.top_k} does not fit {c.grid**2} patches: choose 1 to {c.grid**2}")
 
-
+# %% ../nbs/05_visual.ipynb #20c0a013
 def _check_video(video, size):
     if video.dim() == 5 and video.shape[1] and tuple(video.shape[2:]) == (3, size, size): return
     raise MmferError(f"video has the shape {list(video.shape)}, this model wants [B, T, 3, {size}, {size}]: resize the frames")
 
-
+# %% ../nbs/05_visual.ipynb #a82d5077
 def _spread(values, real):
     "Values of the real frames `[F, ...]` back in their places of the batch `[B, T, ...]`, zero elsewhere."
     out = values.new_zeros(*real.shape, *values.shape[1:])

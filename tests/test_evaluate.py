@@ -13,18 +13,20 @@ from torch import nn
 from mmfer import evaluate as ev
 from mmfer.core import EMOTIONS, MmferError
 
+few = settings(max_examples=25, deadline=None)  # scikit-learn is slow on tiny inputs
 answers = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(1, 5)), min_size=1, max_size=60)
 
 
 def random_results(n=160, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 8, n)
-    p = rng.dirichlet(np.ones(8), n) * 0.6 + 0.4 * np.eye(8)[labels]
+    p = rng.dirichlet(np.ones(8), n) * 0.8 + 0.2 * np.eye(8)[labels]
     facts = dict(clip=[f"c{i}" for i in range(n)], label=labels, prediction=p.argmax(1),
                  actor=np.arange(n) % 4 + 1, gender=np.where(np.arange(n) % 2, "female", "male"), intensity=rng.integers(1, 3, n))
     return pd.DataFrame(facts).join(pd.DataFrame(p, columns=ev.P_COLUMNS))
 
 
+@few
 @given(answers, st.randoms())
 def test_the_order_of_the_clips_does_not_matter(rows, random):
     before = ev.score(*zip(*[r[:2] for r in rows]), actors=[r[2] for r in rows])
@@ -33,6 +35,7 @@ def test_the_order_of_the_clips_does_not_matter(rows, random):
     assert {k: pytest.approx(v) if isinstance(v, float) else v for k, v in before.items()} == after
 
 
+@few
 @given(answers)
 def test_matrix_metrics_are_the_scores(rows):
     labels, predictions, actors = map(np.array, zip(*rows))
@@ -41,6 +44,7 @@ def test_matrix_metrics_are_the_scores(rows):
     assert ev.matrix_war(total) == pytest.approx(s["war"]) and ev.matrix_uar(total) == pytest.approx(s["uar"])
 
 
+@few
 @given(answers)
 def test_absent_classes_are_named_and_do_not_count(rows):
     labels, predictions, _ = map(np.array, zip(*rows))
@@ -99,7 +103,7 @@ def test_temperature_is_recovered(true_t):
     assert ev.fit_temperature(labels, ev.apply_temperature(p, 1 / true_t)) == pytest.approx(true_t, rel=0.05)
 
 
-@settings(max_examples=30)
+@few
 @given(st.floats(0.1, 10), st.integers(0, 1000))
 def test_temperature_keeps_the_answer_and_the_sum(t, seed):
     p = np.random.default_rng(seed).dirichlet(np.full(8, 0.3), 20)
@@ -126,7 +130,7 @@ class Echo(nn.Module):
 
 def batch(values):
     values = torch.tensor(values)
-    return dict(audio=values[:, None].float(), audio_lengths=torch.ones(len(values)), video=None, labels=values.long(), clip=[f"c{v}" for v in values.tolist()])
+    return dict(audio=values[:, None].float(), audio_lengths=torch.ones(len(values)), video=None, labels=values.long(), clip=[f"c{v:.0f}" for v in values.tolist()])
 
 
 def test_predict_keeps_order_and_puts_the_mode_back():
@@ -137,7 +141,10 @@ def test_predict_keeps_order_and_puts_the_mode_back():
 
 
 def test_predict_names_the_clip_that_is_not_finite():
-    with pytest.raises(MmferError, match="cnan"): ev.predict(Echo(), [batch([1.]) | dict(audio=torch.full((1, 1), torch.nan), clip=["cnan"])], progress=False)
+    model = Echo().train()
+    model.weight.data.fill_(torch.nan)
+    with pytest.raises(MmferError, match="c5"): ev.predict(model, [batch([5.])], progress=False)
+    assert model.training
 
 
 def test_add_facts_names_a_clip_that_the_table_lacks():

@@ -75,9 +75,9 @@ def write_wav(path, audio):
         w.writeframes((audio * 32767).astype("<i2").tobytes())
 
 
-def write_pictures(path, codec, n=32):
+def write_pictures(path, codec):
     "A file with pictures alone."
-    noise = np.random.default_rng(0).integers(0, 255, (n, 64, 64, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (32, 64, 64, 3), dtype=np.uint8)
     with av.open(str(path), "w") as out:
         video = out.add_stream(codec, rate=16, width=64, height=64, pix_fmt="yuv420p")
         for f in [*map(av.VideoFrame.from_ndarray, noise), None]: out.mux(video.encode(f))
@@ -132,8 +132,9 @@ def faulty(kind, folder, ramp):
         path.write_bytes(data[: len(data) // 2])
     if kind == "no_samples": write_wav(path, tone(0))
     if kind == "no_frames":
-        path = path.with_suffix(".mkv")
-        write_pictures(path, "mpeg4", n=0)
+        with av.open(str(path), "w", options={"movflags": "empty_moov"}) as out:
+            out.add_stream("mpeg4", rate=16, width=64, height=64, pix_fmt="yuv420p")
+            out.start_encoding()
     if kind == "silence": write_wav(path, 0 * tone(1))
     if kind == "subtitles":
         path = path.with_suffix(".srt")

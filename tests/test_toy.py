@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mmfer.core import EMOTIONS, MmferError
 from mmfer.media import SAMPLE_RATE, read_clip
-from mmfer.toy import (FACE_GROUPS, FACES, REST, VOICE_GROUPS, VOICES, _make_clip, bound, cue_weight, draw_face, group_of,
+from mmfer.toy import (FACE_GROUPS, FACES, REST, VOICE_GROUPS, VOICES, _cue, _make_clip, bound, cue_weight, draw_face, group_of,
                        make_actor, make_toy, perform, pose, say, script)
 
 
@@ -122,13 +122,12 @@ def test_voices_differ_inside_the_cue_and_agree_outside():
 
 
 def test_strength_does_not_give_neutral_away():
-    deviation = {}
+    share = {}
     for emotion in (1, 2):  # neutral and calm: the same face
-        parts = [p for n in range(1, 25) for p in script(make_actor(n)) if p.emotion == emotion]
-        eyes = [np.abs(np.diff(perform(p, size=32)[0].astype(int), axis=0)).max() for p in parts]
-        deviation[emotion] = np.mean(eyes), np.std(eyes) / len(eyes) ** 0.5
-    (a, sa), (b, sb) = deviation.values()
-    assert abs(a - b) < 4 * np.hypot(sa, sb)
+        parts = [p for n in range(1, 100) for p in script(make_actor(n)) if p.emotion == emotion]
+        strong = [_cue(p, 2.0, np.random.default_rng([0, *p.numbers]))[2] == 1.0 for p in parts]
+        share[emotion] = np.mean(strong), 0.5 / len(strong) ** 0.5
+    assert share[2][0] == 0.5 and abs(share[1][0] - 0.5) < 3 * share[1][1]
 
 
 @pytest.mark.parametrize("asked, said", [
