@@ -29,7 +29,7 @@ $(READY): settings.ini setup.py constraints.txt
 train: $(READY)
 	$(if $(DATA),,$(BIN)/mmfer toy $(CORPUS) --actors $(ACTORS) --seed 0)
 	mkdir -p $(RUN)
-	cd nbs && PYTHONUNBUFFERED=1 ../$(BIN)/papermill 13_capstone.ipynb $(RUN)/capstone.ipynb --log-output --no-progress-bar \
+	cd nbs && TQDM_MININTERVAL=5 ../$(BIN)/papermill 13_capstone.ipynb $(RUN)/capstone.ipynb --log-output --log-level WARNING --no-progress-bar \
 	  -p data $(CORPUS) -p out $(RUN) -p preset $(PRESET) -p seed $(SEED)
 	@$(BIN)/mmfer info $(RUN)
 

@@ -7,7 +7,7 @@ __all__ = ['SAMPLE_RATE', 'HOP', 'LOG_GUARD', 'AUDIO_PRESETS', 'normalise', 'Log
            'build_encoder', 'SegmentPool', 'AudioBranch', 'nemo_key', 'read_nemo', 'load_nemo', 'time_stretch',
            'pitch_shift', 'add_noise', 'AudioAugment']
 
-# %% ../nbs/04_audio.ipynb #40d9e279
+# %% ../nbs/04_audio.ipynb #0292d1da
 import functools
 import pickle
 import tarfile
@@ -17,12 +17,11 @@ from pathlib import Path, PurePosixPath
 import torch
 import torchaudio.functional as AF
 import yaml
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torchaudio.transforms import SpecAugment, Spectrogram
 from transformers import ParakeetEncoder, ParakeetEncoderConfig, ParakeetFeatureExtractor
 
-from .core import EMOTIONS, N_SEGMENTS, BranchOutput, MmferError, from_dict, lengths_to_mask, segment_mask
+from .core import EMOTIONS, N_SEGMENTS, BranchOutput, HubModule, MmferError, from_dict, lengths_to_mask, segment_mask
 
 # %% ../nbs/04_audio.ipynb #fab51942
 SAMPLE_RATE = 16_000  # samples a second
@@ -161,16 +160,17 @@ def _check_audio(audio, lengths):
     if list(lengths.shape) == shape[:1] and ((lengths >= 0) & (lengths <= shape[1])).all(): return lengths
     raise MmferError(f"audio lengths {lengths.tolist()} do not fit sound of shape {shape}: pass each clip's samples")
 
-# %% ../nbs/04_audio.ipynb #d0a970ba
-class AudioBranch(nn.Module, PyTorchModelHubMixin, library_name="mmfer", tags=["emotion-recognition", "audio"]):
+# %% ../nbs/04_audio.ipynb #41bfa9a3
+class AudioBranch(HubModule, library_name="mmfer", tags=["emotion-recognition", "audio"]):
     "A voice in, eight vectors and a vote out: log-mel, FastConformer, segment pooling and a head of its own."
 
     def __init__(
         self,
-        config: AudioConfig,  # sizes, see `AUDIO_PRESETS`
+        config,  # an `AudioConfig`, see `AUDIO_PRESETS`, or its plain data
     ):
         super().__init__()
-        self.config, self.dim, self.weights_from = config, config.d_model, "random"
+        self.config = config = from_dict(AudioConfig, config)
+        self.dim = config.d_model
         self.front, self.encoder = LogMel(), build_encoder(config)
         self.spec_augment = nn.Identity()
         if config.spec_augment: self.spec_augment = SpecAugment(2, 20, 2, 16, p=0.2, zero_masking=True)
@@ -202,17 +202,6 @@ class AudioBranch(nn.Module, PyTorchModelHubMixin, library_name="mmfer", tags=["
         _fill_encoder(branch.encoder, weights, path)
         branch.weights_from = f"{Path(path).name} (pooling and head: random)"
         return branch
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, **kwargs):
-        try: branch = super()._from_pretrained(model_id=model_id, **kwargs | {"strict": True})
-        except RuntimeError as e:
-            raise MmferError(f"{model_id}: the weights do not fit the config: {' '.join(str(e).split())}") from e
-        branch.weights_from = str(model_id)
-        return branch
-
-    @classmethod
-    def _decode_arg(cls, expected, value): return from_dict(AudioConfig, value)
 
     def encode(
         self,

@@ -33,7 +33,7 @@ def max_pool(
     pooled, winner = x.masked_fill(~mask[..., None], float("-inf")).max(1)
     return pooled, F.one_hot(winner, x.shape[1]).to(x.dtype).mean(1)
 
-# %% ../nbs/07_classifier.ipynb #d9d37b2b
+# %% ../nbs/07_classifier.ipynb #ca62b1d4
 POOLINGS = ("mean", "max", "last", "attention")
 
 
@@ -47,7 +47,7 @@ class TemporalPool(nn.Module):
         super().__init__()
         if kind not in POOLINGS: raise MmferError(f"pooling {kind!r} is unknown: choose one of {', '.join(POOLINGS)}")
         self.kind = kind
-        if kind == "attention": self.query = nn.Parameter(torch.randn(dim) * 0.02)  # small: close to the mean
+        if kind == "attention": self.query = nn.Parameter(torch.zeros(dim))  # q / D; zero: starts as the mean
 
     def forward(
         self,
@@ -65,7 +65,7 @@ class TemporalPool(nn.Module):
     def _weights(self, x, mask):
         if self.kind == "mean": return mask.to(x.dtype) / mask.sum(1, keepdim=True)
         if self.kind == "last": return last_segment(mask).to(x.dtype)
-        scores = x @ self.query / math.sqrt(x.shape[-1])
+        scores = x @ self.query * math.sqrt(x.shape[-1])
         return scores.masked_fill(~mask, float("-inf")).softmax(1)
 
 # %% ../nbs/07_classifier.ipynb #047bdcc2

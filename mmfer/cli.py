@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Toy', 'Train', 'Evaluate', 'ranked', 'Predict', 'Info', 'run_report', 'main']
 
-# %% ../nbs/90_cli.ipynb #ef7672af
+# %% ../nbs/90_cli.ipynb #6943d0f8
 import contextlib
 import io
 import json
@@ -26,7 +26,7 @@ from .core import EMOTIONS, MmferError, seed_everything, this_machine
 from .datasets import ClipDataset, clip_table, collate, split_corpus
 from .evaluate import add_facts, save_report
 from .evaluate import predict as predict_table
-from .explain import model_inputs as clip_inputs
+from .explain import clip_inputs
 from .media import read_clip
 from .model import MultimodalFER
 from .toy import make_toy

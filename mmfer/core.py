@@ -170,9 +170,10 @@ def atomic_write(
     finally:
         Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #13a558a9
+# %% ../nbs/00_core.ipynb #28060116
 class HubModule(nn.Module, PyTorchModelHubMixin):
     "A module with `save_pretrained`, `push_to_hub`, and a `from_pretrained` that refuses what does not fit exactly."
+    weights_from = "random"  # where the weights came from
 
     @classmethod
     def from_pretrained(
@@ -184,8 +185,11 @@ class HubModule(nn.Module, PyTorchModelHubMixin):
         if Path(source).exists(): _require_files(Path(source))
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
-                return super().from_pretrained(source, strict=True, **kwargs)
+                model = super().from_pretrained(source, strict=True, **kwargs)
         except RuntimeError as e: raise MmferError(f"the weights in {source} do not fit {cls.__name__}: {' '.join(str(e).split())}") from e
+        for part in model.modules():
+            if hasattr(part, "weights_from"): part.weights_from = str(source)
+        return model
 
 
 def _require_files(folder):

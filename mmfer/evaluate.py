@@ -8,7 +8,7 @@ __all__ = ['BOOTSTRAPPED', 'P_COLUMNS', 'score', 'plot_confusion', 'actor_matric
            'fit_temperature', 'add_facts', 'score_results', 'score_by', 'majority_baseline', 'plot_comparison',
            'save_figure', 'evaluation', 'save_report']
 
-# %% ../nbs/11_evaluate.ipynb #3d51cd5e
+# %% ../nbs/11_evaluate.ipynb #71037a47
 import json
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -19,8 +19,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from sklearn import metrics
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import EMOTIONS, MmferError, atomic_write
+from .datasets import model_inputs
 
 # %% ../nbs/11_evaluate.ipynb #c94e2449
 def _as_labels(labels, predictions):
@@ -148,8 +149,7 @@ def _by_actor(labels, predictions, actors):
     if len(names) < 2: return dict(test_actors=names, intervals=None)
     return dict(test_actors=names, intervals={m: list(bootstrap_interval(labels, predictions, actors, m)) for m in BOOTSTRAPPED})
 
-# %% ../nbs/11_evaluate.ipynb #2f139b21
-_INPUTS = ("audio", "video", "audio_lengths", "video_lengths")
+# %% ../nbs/11_evaluate.ipynb #6eaf5f70
 P_COLUMNS = [f"p_{e}" for e in EMOTIONS]  # the probability columns of a table of results
 
 
@@ -160,7 +160,7 @@ def _rows(batch, probabilities):
     facts = dict(clip=batch["clip"], label=batch["labels"].tolist(), prediction=probabilities.argmax(-1))
     return pd.DataFrame(facts).join(pd.DataFrame(probabilities, columns=P_COLUMNS))
 
-# %% ../nbs/11_evaluate.ipynb #88527f64
+# %% ../nbs/11_evaluate.ipynb #788ae88c
 @torch.inference_mode()
 def predict(
     model: nn.Module,       # called as `MultimodalFER`; its answer has `.logits` `[B, 8]`
@@ -175,7 +175,7 @@ def predict(
     model.eval()
     try:
         for batch in tqdm(loader, "predict", disable=not progress):
-            out = model(**{k: batch[k].to(device) for k in _INPUTS if batch.get(k) is not None})
+            out = model(**model_inputs(batch, device))
             rows.append(_rows(batch, out.logits.cpu().double().softmax(-1).numpy()))
     finally: model.train(was_training)
     return pd.concat(rows, ignore_index=True)

@@ -7,7 +7,7 @@ __all__ = ['VOICE_GROUPS', 'FACE_GROUPS', 'SKINS', 'HAIRS', 'WALLS', 'REST', 'FA
            'VOICES', 'group_of', 'bound', 'Actor', 'make_actor', 'pose', 'draw_face', 'cue_weight', 'opening', 'say',
            'Part', 'perform', 'script', 'make_toy']
 
-# %% ../nbs/02_toy.ipynb #cc677d21
+# %% ../nbs/02_toy.ipynb #abdf7bc8
 import itertools
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .core import EMOTIONS, MmferError, atomic_write
 from .media import SAMPLE_RATE, write_clip

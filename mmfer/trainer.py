@@ -23,7 +23,7 @@ from .core import MmferError, atomic_write, seed_everything, to_dict
 from .datasets import collate, model_inputs
 from .losses import MultimodalLoss
 
-# %% ../nbs/10_trainer.ipynb #84a05175
+# %% ../nbs/10_trainer.ipynb #1a96e1ed
 @dataclass
 class TrainConfig:
     "How to train: AdamW, warmup and cosine, clipping, smoothed loss with auxiliary heads."
@@ -45,7 +45,7 @@ class TrainConfig:
 
 
 RECIPES = {
-    "tiny": TrainConfig(epochs=20, batch_size=16, lr_branches=2e-3, lr_fusion=2e-3, lr_classifier=2e-3, warmup_epochs=1.0),
+    "tiny": TrainConfig(epochs=12, batch_size=16, lr_branches=2e-3, lr_fusion=2e-3, lr_classifier=2e-3, warmup_epochs=1.0),
     "lightweight": TrainConfig(batch_size=4, accumulation=4, lr_branches=1e-4, lr_fusion=1e-4, precision="bf16"),
     "full": TrainConfig(accumulation=2, precision="bf16"),
 }
@@ -95,7 +95,7 @@ def require_finite(
     raise MmferError(f"the loss became {loss.item()} at step {step} with the clips {', '.join(clips)}: "
                      "look at these clips, or lower the learning rate")
 
-# %% ../nbs/10_trainer.ipynb #8a9a0d72
+# %% ../nbs/10_trainer.ipynb #66ece8e7
 class Trainer:
     "Trains a model and leaves `best/`, `last/`, `training_history.json` and `train_config.json` in a folder."
 
@@ -125,7 +125,7 @@ class Trainer:
     def fit(self) -> list:  # the history: one dict an epoch
         "Train all epochs."
         with atomic_write(self.out / "train_config.json") as f: json.dump(to_dict(self.config), f, indent=1)
-        bar = tqdm(total=self.config.epochs * len(self.loader), desc=self.out.name, mininterval=1.0)
+        bar = tqdm(total=self.config.epochs * len(self.loader), desc=self.out.name)
         for epoch in range(self.config.epochs):
             start = time.perf_counter()
             losses = self._train_epoch(epoch, bar)

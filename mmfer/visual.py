@@ -8,7 +8,7 @@ __all__ = ['VISUAL_PRESETS', 'YUNET', 'VisualConfig', 'normalise', 'build_siglip
            'crop_faces', 'global_tokens', 'ROICompressor', 'FramePool', 'change', 'ChangeStream', 'time_encoding',
            'FeedForward', 'GSCB', 'TemporalAttention', 'TemporalEncoder', 'VisionTower', 'VisualBranch', 'VideoAugment']
 
-# %% ../nbs/05_visual.ipynb #b86ace4c
+# %% ../nbs/05_visual.ipynb #1720c5a8
 import contextlib
 import copy
 import math
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import hf_hub_download
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 from torchvision import tv_tensors
@@ -29,7 +29,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import logging
 
 from .audio import SegmentPool
-from .core import EMOTIONS, BranchOutput, MmferError, from_dict, lengths_to_mask
+from .core import EMOTIONS, BranchOutput, HubModule, MmferError, from_dict, lengths_to_mask
 
 # %% ../nbs/05_visual.ipynb #f2ef0783
 @dataclass
@@ -526,17 +526,18 @@ def _spread(values, real):
     out[real] = values
     return out
 
-# %% ../nbs/05_visual.ipynb #4147164f
-class VisualBranch(VisionTower, PyTorchModelHubMixin, library_name="mmfer", tags=["emotion-recognition"]):
+# %% ../nbs/05_visual.ipynb #bfa987ed
+class VisualBranch(VisionTower, HubModule, library_name="mmfer", tags=["emotion-recognition"]):
     "Frames of a face in, one vector a segment and a vote of its own out."
 
     def __init__(
         self,
-        config: VisualConfig,  # sizes, see `VISUAL_PRESETS`
+        config,  # a `VisualConfig`, see `VISUAL_PRESETS`, or its plain data
     ):
         super().__init__()
+        c = self.config = from_dict(VisualConfig, config)
+        self.dim = c.d_model
         _check_config(config)
-        c, self.config, self.dim, self.weights_from = config, config, config.d_model, "random"
         self.vision = build_siglip(c)
         self.roi, self.pool = ROICompressor(c.d_model, c.top_k), FramePool(c.d_model)
         self.temporal = TemporalEncoder(c.d_model, c.temporal_layers, c.temporal_heads, c.ffn, c.attention_share, c.dropout)
@@ -584,16 +585,6 @@ class VisualBranch(VisionTower, PyTorchModelHubMixin, library_name="mmfer", tags
         features, attention = self.segments(frames, counted)
         return BranchOutput(features=features, logits=self.head(features.mean(1)), present=lengths > 0, frames=frames,
                             frame_lengths=lengths, attention=attention, scores=_spread(scores, real), kept=_spread(kept, real))
-
-    @classmethod
-    def _decode_arg(cls, expected_type, value):
-        return from_dict(VisualConfig, value)  # the mixin's own way drops unknown keys in silence
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, strict=True, **kwargs):
-        model = super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)  # strict: a lost weight is an error
-        model.weights_from = str(model_id)
-        return model
 
 # %% ../nbs/05_visual.ipynb #7d76bacf
 class VideoAugment:
