@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Toy', 'Train', 'Evaluate', 'ranked', 'Predict', 'Info', 'run_report', 'main']
 
-# %% ../nbs/90_cli.ipynb #6943d0f8
+# %% ../nbs/90_cli.ipynb #b15f0776
 import contextlib
 import io
 import json
@@ -21,6 +21,7 @@ import tyro
 from torch.utils.data import DataLoader
 from tyro.conf import Positional
 
+# %% ../nbs/90_cli.ipynb #07c9c5dd
 from . import __version__
 from .core import EMOTIONS, MmferError, seed_everything, this_machine
 from .datasets import ClipDataset, clip_table, collate, split_corpus
@@ -44,7 +45,7 @@ class Toy:
         make_toy(self.folder, actors=self.actors, seed=self.seed)
         print(f"{self.folder}: {len(clip_table(self.folder))} clips of {self.actors} actors")
 
-# %% ../nbs/90_cli.ipynb #2cabec82
+# %% ../nbs/90_cli.ipynb #a9aca179
 def _loaders(data, size, seed, batch_size=16):
     "The three parts of a corpus as datasets, the table, and whether the test actors are unseen."
     table = clip_table(data)
@@ -52,14 +53,14 @@ def _loaders(data, size, seed, batch_size=16):
     if not unseen: print("\033[1;31mThis corpus has one actor: NOT an unseen-actor result.\033[0m", file=sys.stderr)
     return {name: ClipDataset(t, size=size) for name, t in parts.items()}, table
 
-
+# %% ../nbs/90_cli.ipynb #2031792f
 def _judge(model, sets, table, out):
     "Write the report on the test part and print its headline figures."
     results = {part: add_facts(predict_table(model, DataLoader(sets[part], 16, collate_fn=collate)), table) for part in ("val", "test")}
     report = save_report(results["test"], out, validation=results["val"])
     print(f"test clips {report['n_clips']}, actors {report['test_actors']}: WAR {report['war']:.3f}, UAR {report['uar']:.3f}; report in {out}")
 
-
+# %% ../nbs/90_cli.ipynb #eafef34b
 @dataclass
 class Train:
     "Train one system on a folder of clips with RAVDESS names, split by actor, and judge it on the test part."
@@ -70,15 +71,18 @@ class Train:
     epochs: int | None = None             # by default as in the preset's recipe
     seed: int = 0                         # fixes weights, data order and validation actors
 
-    def run(self):
-        preset = self.preset or this_machine().preset
-        recipe = replace(RECIPES[preset], seed=self.seed)
-        if self.epochs: recipe = replace(recipe, epochs=self.epochs)
-        seed_everything(self.seed)
-        model = MultimodalFER.from_preset(preset, self.system)
-        sets, table = _loaders(self.data, model.config.visual.image_size, self.seed)
-        Trainer(model, recipe, sets["train"], sets["val"], self.out).fit()
-        _judge(MultimodalFER.from_pretrained(self.out / "best"), sets, table, self.out / "report")
+    def run(self): _train(self)
+
+# %% ../nbs/90_cli.ipynb #d00620a3
+def _train(options):
+    preset = options.preset or this_machine().preset
+    recipe = replace(RECIPES[preset], seed=options.seed)
+    if options.epochs: recipe = replace(recipe, epochs=options.epochs)
+    seed_everything(options.seed)
+    model = MultimodalFER.from_preset(preset, options.system)
+    sets, table = _loaders(options.data, model.config.visual.image_size, options.seed)
+    Trainer(model, recipe, sets["train"], sets["val"], options.out).fit()
+    _judge(MultimodalFER.from_pretrained(options.out / "best"), sets, table, options.out / "report")
 
 
 @dataclass
@@ -94,7 +98,7 @@ class Evaluate:
         sets, table = _loaders(self.data, model.config.visual.image_size, self.seed)
         _judge(model, sets, table, self.out)
 
-# %% ../nbs/90_cli.ipynb #fa5af880
+# %% ../nbs/90_cli.ipynb #27da635b
 def ranked(
     model,        # a `MultimodalFER`
     clip,         # as `read_clip` returns it
@@ -103,7 +107,7 @@ def ranked(
     p = model.eval()(**clip_inputs(clip)).probabilities[0].detach()
     return pd.Series(p, index=list(EMOTIONS)).sort_values(ascending=False)
 
-
+# %% ../nbs/90_cli.ipynb #3125f088
 @dataclass
 class Predict:
     "Classify clips: one ranked table a file."
@@ -113,19 +117,20 @@ class Predict:
 
     def run(self):
         model = MultimodalFER.from_pretrained(self.model)
-        problems = [p for p in (self._one(model, f) for f in self.files) if p]
+        problems = [p for p in (_predict_one(model, f, self.missing_ok) for f in self.files) if p]
         if problems: raise MmferError(f"{len(problems)} of {len(self.files)} files were not classified:\n" + "\n".join(problems))
 
-    def _one(self, model, path):
-        "Print the table of one file, or return what is wrong with it."
-        try: clip = read_clip(path, size=model.config.visual.image_size)
-        except MmferError as e: return str(e)
-        problem = clip.audio_problem or clip.video_problem
-        if problem and not self.missing_ok: return f"{path}: {problem}; pass --missing-ok to classify it from the other modality"
-        print(f"{path}" + (f" ({problem})" if problem else ""))
-        for emotion, p in ranked(model, clip).items(): print(f"  {emotion:10} {p:6.1%}  {'█' * round(40 * p)}")
+# %% ../nbs/90_cli.ipynb #a672ddd8
+def _predict_one(model, path, missing_ok):
+    "Print the table of one file, or return what is wrong with it."
+    try: clip = read_clip(path, size=model.config.visual.image_size)
+    except MmferError as e: return str(e)
+    problem = clip.audio_problem or clip.video_problem
+    if problem and not missing_ok: return f"{path}: {problem}; pass --missing-ok to classify it from the other modality"
+    print(f"{path}" + (f" ({problem})" if problem else ""))
+    for emotion, p in ranked(model, clip).items(): print(f"  {emotion:10} {p:6.1%}  {'█' * round(40 * p)}")
 
-# %% ../nbs/90_cli.ipynb #15071970
+# %% ../nbs/90_cli.ipynb #a3648be3
 @dataclass
 class Info:
     "Tell about this machine, a saved model, or a finished run."
@@ -137,7 +142,7 @@ class Info:
         metrics = self.what / "metrics.json"
         print(run_report(json.loads(metrics.read_text()), self.what) if metrics.exists() else MultimodalFER.from_pretrained(self.what).summary())
 
-
+# %% ../nbs/90_cli.ipynb #22b389c2
 def run_report(
     metrics: dict,  # what the capstone wrote to metrics.json
     folder: Path,   # where it lies
@@ -149,10 +154,10 @@ def run_report(
     files = "\n".join(f"  {p}" for p in sorted(folder.iterdir()) if not p.name.startswith("."))
     return f"{warning}{table}\npreset {metrics['preset']}, seed {metrics['seed']}, {metrics['seconds']:.0f} s\n{files}"
 
-# %% ../nbs/90_cli.ipynb #ba25beb4
+# %% ../nbs/90_cli.ipynb #f178c6d4
 COMMANDS = {"toy": Toy, "train": Train, "evaluate": Evaluate, "predict": Predict, "info": Info}
 
-
+# %% ../nbs/90_cli.ipynb #4ecd9d02
 def _parse(args):
     "The command that `args` ask for; a mistake in them becomes one sentence."
     said = io.StringIO()
@@ -165,7 +170,7 @@ def _parse(args):
     lines = [re.sub(r"[│╭╮╰╯─]+", "", line).strip() for line in said.getvalue().splitlines()]
     raise MmferError(f"{' '.join(filter(None, lines[1:2]))}; see mmfer --help")
 
-
+# %% ../nbs/90_cli.ipynb #5c43834f
 def main(
     args=None,  # the words after `mmfer`; by default those of the terminal
 ):

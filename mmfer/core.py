@@ -35,7 +35,7 @@ COLOURS = dict(zip(EMOTIONS, ("#999999", "#56B4E9", "#F0E442", "#0072B2", "#D55E
 class MmferError(ValueError):
     "A mistake that the user can mend: one sentence that names the file, says what is wrong and what to do."
 
-# %% ../nbs/00_core.ipynb #65a820db
+# %% ../nbs/00_core.ipynb #97d0a7b9
 def check_shape(
     x,          # a tensor or array
     spec: str,  # names and numbers with spaces between: "B S 512"; `_` matches anything
@@ -44,8 +44,7 @@ def check_shape(
     "Assert that `x` has the shape `spec`, and say what the names stand for. Raises `AssertionError`."
     wanted, shape = spec.split(), tuple(x.shape)
     assert len(wanted) == len(shape), f"shape {shape} has {len(shape)} axes, [{spec}] has {len(wanted)}"
-    for name, size in zip(wanted, shape):
-        if name == "_": continue
+    for name, size in ((n, s) for n, s in zip(wanted, shape) if n != "_"):
         want = int(name) if name.isdigit() else sizes.setdefault(name, size)
         assert want == size, f"shape {shape} does not fit [{spec}]: {name} should be {want}, not {size}"
     return sizes
@@ -83,14 +82,14 @@ class BranchOutput(ModelOutput):
     scores: torch.Tensor = None         # visual only: importance logit of each patch, `[B, T, N]`
     kept: torch.Tensor = None           # visual only: which patches were kept, `[B, T, k]`
 
-# %% ../nbs/00_core.ipynb #43da1875
+# %% ../nbs/00_core.ipynb #0d76b380
 def to_dict(
     config,   # a dataclass
 ) -> dict:    # nested dict, ready for JSON
     "A config as plain data."
     return dataclasses.asdict(config)
 
-
+# %% ../nbs/00_core.ipynb #2c229532
 def from_dict(
     cls,               # the dataclass to build
     data: dict,        # plain data as `to_dict` writes it
@@ -104,7 +103,7 @@ def from_dict(
     nested = {k: fields[k].type for k in data if dataclasses.is_dataclass(fields[k].type)}
     return cls(**{k: from_dict(nested[k], v, f"{path}{k}.") if k in nested else v for k, v in data.items()})
 
-
+# %% ../nbs/00_core.ipynb #6b749805
 def diff_config(
     a, b,        # two configs of one class
     path="",     # where in the tree we are
@@ -126,7 +125,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #58b972c9
+# %% ../nbs/00_core.ipynb #4e8e4e1b
 @dataclass
 class Tier:
     "What fits a machine."
@@ -136,7 +135,7 @@ class Tier:
     batch_size: int  # clips a step
     accumulation: int # steps a weight update
 
-
+# %% ../nbs/00_core.ipynb #c7cb4c5a
 def pick_tier(
     device: str,       # "cpu", "cuda" or "mps"
     memory_gb: float,  # memory of that device, GB
@@ -147,7 +146,7 @@ def pick_tier(
     if memory_gb >= 10: return Tier(device, memory_gb, "lightweight", 4, 4)
     return Tier(device, memory_gb, "tiny", 16, 1)
 
-
+# %% ../nbs/00_core.ipynb #e47ede95
 def this_machine() -> Tier:
     "The tier of the machine that runs this."
     if torch.cuda.is_available(): return pick_tier("cuda", torch.cuda.get_device_properties(0).total_memory / 2**30)
@@ -170,7 +169,7 @@ def atomic_write(
     finally:
         Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #28060116
+# %% ../nbs/00_core.ipynb #672ce05a
 class HubModule(nn.Module, PyTorchModelHubMixin):
     "A module with `save_pretrained`, `push_to_hub`, and a `from_pretrained` that refuses what does not fit exactly."
     weights_from = "random"  # where the weights came from
@@ -191,12 +190,12 @@ class HubModule(nn.Module, PyTorchModelHubMixin):
             if hasattr(part, "weights_from"): part.weights_from = str(source)
         return model
 
-
+# %% ../nbs/00_core.ipynb #678d83e0
 def _require_files(folder):
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file(): raise MmferError(f"{folder} holds no {name}: pass a folder that save_pretrained wrote")
 
-# %% ../nbs/00_core.ipynb #c5d29ff7
+# %% ../nbs/00_core.ipynb #3e8b6874
 _BOXES = {  # name: (column, row, text, chapter)
     "media":     (0, 1.0, "clip\nsound + frames", "01-03"),
     "logmel":    (1, 2.0, "log-mel\n[80, F]", "04"),
@@ -209,13 +208,15 @@ _BOXES = {  # name: (column, row, text, chapter)
     "classifier":(6, 1.0, "pool + MLP\n[512]", "07"),
     "emotion":   (7, 1.0, "one of\n8 emotions", "11-12"),
 }
+
+# %% ../nbs/00_core.ipynb #ce7a4310
 _ARROWS = ("media logmel", "logmel conformer", "conformer segments", "media siglip", "siglip roi", "roi temporal",
            "temporal segments", "segments fusion", "fusion classifier", "classifier emotion")
 _ON = dict(datasets="media", toy="media", audio="logmel conformer segments", visual="siglip roi temporal segments",
            model="logmel conformer siglip roi temporal segments fusion classifier", evaluate="emotion", explain="emotion",
            losses="emotion", trainer="logmel conformer siglip roi temporal segments fusion classifier")
 
-
+# %% ../nbs/00_core.ipynb #24001973
 def draw_map(
     here: str = "",  # a chapter's module ("audio") or a box's name; nothing marks nothing
 ):                   # the matplotlib figure
@@ -238,7 +239,7 @@ def draw_map(
     plt.close(fig)
     return fig
 
-# %% ../nbs/00_core.ipynb #edce4a55
+# %% ../nbs/00_core.ipynb #dfc0d731
 def exercise(
     check,  # a function that takes the learner's function and asserts what it should do
 ):          # the same check, with a kind word
@@ -249,7 +250,7 @@ def exercise(
         print(f"☑ {answer.__name__}: solved")
     return checker
 
-
+# %% ../nbs/00_core.ipynb #d4e26a55
 def count_parameters(
     module: nn.Module,             # any module
     trainable: bool = False,       # count only what is trained

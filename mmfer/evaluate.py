@@ -8,7 +8,7 @@ __all__ = ['BOOTSTRAPPED', 'P_COLUMNS', 'score', 'plot_confusion', 'actor_matric
            'fit_temperature', 'add_facts', 'score_results', 'score_by', 'majority_baseline', 'plot_comparison',
            'save_figure', 'evaluation', 'save_report']
 
-# %% ../nbs/11_evaluate.ipynb #71037a47
+# %% ../nbs/11_evaluate.ipynb #275e7f2d
 import json
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -20,6 +20,8 @@ from scipy.special import softmax
 from sklearn import metrics
 from torch import nn
 from tqdm import tqdm
+
+# %% ../nbs/11_evaluate.ipynb #97f7bad4
 from .core import EMOTIONS, MmferError, atomic_write
 from .datasets import model_inputs
 

@@ -6,25 +6,26 @@
 __all__ = ['PRESETS', 'ModelConfig', 'preset_config', 'FEROutput', 'hide_modalities', 'MultimodalFER', 'example_clip',
            'measure_costs', 'summarise', 'draw_costs']
 
-# %% ../nbs/08_model.ipynb #5e014e77
+# %% ../nbs/08_model.ipynb #c7c75a91
 import copy
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import ModelOutput
 
+# %% ../nbs/08_model.ipynb #626d68bf
 from .audio import AUDIO_PRESETS, AudioBranch, AudioConfig
 from .classifier import CLASSIFIER_PRESETS, Classifier, ClassifierConfig
 from .core import BranchOutput, HubModule, MmferError, count_parameters, from_dict
 from .fusion import FUSION_PRESETS, SYSTEMS, FusionConfig, build_fusion
 from .visual import VISUAL_PRESETS, VisualBranch, VisualConfig
 
-# %% ../nbs/08_model.ipynb #a90c5259
+# %% ../nbs/08_model.ipynb #e3e1957c
 @dataclass
 class ModelConfig:
     "Everything that decides the shape of a `MultimodalFER`."
@@ -34,7 +35,7 @@ class ModelConfig:
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     modality_dropout: float = 0.1  # share of training clips that lose one modality
 
-
+# %% ../nbs/08_model.ipynb #dc5a15c7
 PRESETS = ("tiny", "lightweight", "full")
 
 
@@ -80,7 +81,7 @@ def hide_modalities(
     side = torch.rand(len(audio), device=audio.device) < 0.5
     return audio & ~(drop & side), visual & ~(drop & ~side)
 
-# %% ../nbs/08_model.ipynb #c658f9da
+# %% ../nbs/08_model.ipynb #ac2e1f43
 class MultimodalFER(HubModule, library_name="mmfer", tags=["emotion-recognition", "multimodal"]):
     "Audio and video of a face in, one of eight emotions out."
 
@@ -135,17 +136,13 @@ class MultimodalFER(HubModule, library_name="mmfer", tags=["emotion-recognition"
     def _maybe_hide(self, heard, seen):
         if not self.training or heard is None or seen is None: return heard, seen
         a, v = hide_modalities(heard.present, seen.present, self.config.modality_dropout)
-        return _with_present(heard, a), _with_present(seen, v)
+        return replace(heard, present=a), replace(seen, present=v)
 
     def summary(self) -> pd.DataFrame:
         "What each part weighs and costs: see `summarise`."
         return summarise(self)
 
-# %% ../nbs/08_model.ipynb #12f49b35
-def _with_present(branch, present):
-    return dataclasses.replace(branch, present=present)
-
-
+# %% ../nbs/08_model.ipynb #b0016b00
 def _output(logits, temporal, fused, heard, seen):
     heard, seen = heard or BranchOutput(), seen or BranchOutput()
     return FEROutput(
@@ -155,7 +152,7 @@ def _output(logits, temporal, fused, heard, seen):
         audio_attention=heard.attention, visual_scores=seen.scores, visual_kept=seen.kept,
         fusion_attention=fused.attention, temporal_attention=temporal)
 
-# %% ../nbs/08_model.ipynb #569fee0e
+# %% ../nbs/08_model.ipynb #f2db8185
 def example_clip(
     model: nn.Module,      # a `MultimodalFER`
     seconds: float = 3.0,  # length of the sound
@@ -166,61 +163,69 @@ def example_clip(
     return dict(audio=torch.zeros(1, int(seconds * 16_000), device=device),
                 video=torch.zeros(1, frames, 3, side, side, dtype=torch.uint8, device=device))
 
-
+# %% ../nbs/08_model.ipynb #905f5d52
 def _follow_parts(model):
-    "Hooks that keep the name of the part that is running in a list of one; and the hooks, to take them out."
+    "Hooks that keep the name of the running part in a list of one; and the hooks, to take them out again."
     now = [""]
     hooks = [part.register_forward_pre_hook(lambda *_, n=name: now.__setitem__(0, n)) for name, part in model.named_children()]
     return now, hooks
 
 
+def _keeper(own, now, kept):
+    "What autograd calls with each value that it keeps: note its part and size, once, and not the weights themselves."
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own: kept[storage.data_ptr()] = (now[0], storage.nbytes())
+        return tensor
+    return keep
+
+# %% ../nbs/08_model.ipynb #a794df77
 @torch.enable_grad()
 def measure_costs(
     model: nn.Module,  # a `MultimodalFER`
     clip: dict,        # what it takes, see `example_clip`
 ) -> dict:             # part -> (floating point operations of a forward pass, bytes kept for the backward pass)
     "Send one clip through and count, part by part."
-    own, kept = {p.data_ptr() for p in model.parameters()}, {}
-    now, hooks = _follow_parts(model)
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own: kept[storage.data_ptr()] = (now[0], storage.nbytes())
-        return tensor
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): model(**clip)
+    kept, (now, hooks) = {}, _follow_parts(model)
+    keep = _keeper({p.data_ptr() for p in model.parameters()}, now, kept)
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda t: t): model(**clip)
     for hook in hooks: hook.remove()
-    flops, root = counter.get_flop_counts(), type(model).__name__
-    return {name: (sum(flops.get(f"{root}.{name}", {}).values()), sum(b for n, b in kept.values() if n == name))
-            for name, _ in model.named_children()}
+    flops = {name.split(".")[-1]: sum(n.values()) for name, n in counter.get_flop_counts().items() if name.count(".") == 1}
+    return {part: (flops.get(part, 0), sum(b for n, b in kept.values() if n == part)) for part, _ in model.named_children()}
 
-# %% ../nbs/08_model.ipynb #c87c7614
+# %% ../nbs/08_model.ipynb #e47330cd
+_COLUMNS = ["parameters", "trainable", "GFLOPs", "MB fixed", "MB a clip"]
+
+
+def _part_row(part, flops, kept):
+    "The figures of one part, in the order of `_COLUMNS`."
+    n, trained = count_parameters(part), count_parameters(part, trainable=True)
+    return [n, trained, flops / 1e9, (4 * n + 12 * trained) / 1e6, kept / 1e6]
+
+# %% ../nbs/08_model.ipynb #2fd2f700
 def summarise(
     model: MultimodalFER,  # a built model
 ) -> pd.DataFrame:         # one row a part, and the total
-    """Parameters, trainable ones, GFLOPs of one clip, training memory in MB, and where the weights came from.
+    """Parameters, trainable ones, GFLOPs of one clip, estimated training memory in MB, and where the weights came from.
 
     A clip has 3 s of sound and 16 pictures; a multiplication and an addition count as two. Memory in float32: `MB fixed` are
-    weights, gradients and AdamW's two moments, `MB a clip` the values kept for the backward pass. Estimates, not peaks."""
-    costs, rows = measure_costs(model, example_clip(model)), {}
-    for name, part in model.named_children():
-        n, trained = count_parameters(part), count_parameters(part, trainable=True)
-        rows[name] = [n, trained, costs[name][0] / 1e9, (4 * n + 12 * trained) / 1e6, costs[name][1] / 1e6]
+    weights, gradients and AdamW's two moments, `MB a clip` the values kept for the backward pass."""
+    costs, parts = measure_costs(model, example_clip(model)), dict(model.named_children())
+    rows = {name: _part_row(part, *costs[name]) for name, part in parts.items()}
     rows["total"] = [sum(column) for column in zip(*rows.values())]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["parameters", "trainable", "GFLOPs", "MB fixed", "MB a clip"])
-    table = table.astype(dict(parameters=int, trainable=int)).round({"GFLOPs": 3, "MB fixed": 1, "MB a clip": 1})
-    sources = {name: getattr(part, "weights_from", model.weights_from) for name, part in model.named_children()}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS).astype(dict(parameters=int, trainable=int)).round(3)
+    sources = {name: getattr(part, "weights_from", model.weights_from) for name, part in parts.items()}
     return table.assign(**{"weights from": pd.Series(sources | {"total": ""})}).rename_axis("part")
 
-
+# %% ../nbs/08_model.ipynb #6f31b538
 def draw_costs(
     table: pd.DataFrame,  # what `summarise` gives
 ):                        # the figure
     "The parts of a model side by side: weights, arithmetic, memory."
-    parts, columns = table.drop(index="total"), ["parameters", "GFLOPs", "MB fixed", "MB a clip"]
+    parts = table.drop(index="total")
     fig, axes = plt.subplots(1, 4, figsize=(10, 2.4), sharey=True, layout="constrained")
-    for ax, column in zip(axes, columns):
-        bars = ax.barh(parts.index, parts[column], color="#56B4E9", edgecolor="black")
-        ax.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+    for ax, column in zip(axes, ("parameters", "GFLOPs", "MB fixed", "MB a clip")):
+        ax.bar_label(ax.barh(parts.index, parts[column], color="#56B4E9", edgecolor="black"), fmt="%.3g", padding=2, fontsize=8)
         ax.set(title=f"{column}\ntotal {table.loc['total', column]:.4g}", xticks=[], xlim=(0, 1.35 * parts[column].max() or 1))
     axes[0].invert_yaxis()
     plt.close(fig)

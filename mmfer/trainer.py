@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'TrainConfig', 'rate_at', 'parameter_groups', 'make_loss', 'require_finite', 'Trainer']
 
-# %% ../nbs/10_trainer.ipynb #522f090d
+# %% ../nbs/10_trainer.ipynb #8fc4412e
 import json
 import math
 import time
@@ -19,11 +19,12 @@ from sklearn.metrics import accuracy_score, recall_score
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+# %% ../nbs/10_trainer.ipynb #a899107e
 from .core import MmferError, atomic_write, seed_everything, to_dict
 from .datasets import collate, model_inputs
 from .losses import MultimodalLoss
 
-# %% ../nbs/10_trainer.ipynb #1a96e1ed
+# %% ../nbs/10_trainer.ipynb #7b141dc4
 @dataclass
 class TrainConfig:
     "How to train: AdamW, warmup and cosine, clipping, smoothed loss with auxiliary heads."
@@ -43,7 +44,7 @@ class TrainConfig:
     precision: str = "no"           # "no", "bf16" or "fp16"
     seed: int = 0
 
-
+# %% ../nbs/10_trainer.ipynb #63710336
 RECIPES = {
     "tiny": TrainConfig(epochs=12, batch_size=16, lr_branches=2e-3, lr_fusion=2e-3, lr_classifier=2e-3, warmup_epochs=1.0),
     "lightweight": TrainConfig(batch_size=4, accumulation=4, lr_branches=1e-4, lr_fusion=1e-4, precision="bf16"),
@@ -74,7 +75,7 @@ def parameter_groups(
         if params: groups.append(dict(params=params, lr=getattr(config, f"lr_{name}"), name=name))
     return groups
 
-# %% ../nbs/10_trainer.ipynb #d68ee9f4
+# %% ../nbs/10_trainer.ipynb #1bad4ae9
 def make_loss(
     model,                # a `MultimodalFER`
     config: TrainConfig,  # holds the weights of the parts
@@ -84,7 +85,7 @@ def make_loss(
     return MultimodalLoss(config.label_smoothing, audio=config.audio_loss, visual=config.visual_loss,
                           alignment=config.alignment_loss, dims=widths)
 
-
+# %% ../nbs/10_trainer.ipynb #fc20b7f4
 def require_finite(
     loss: torch.Tensor,  # the loss of one batch
     clips: list,         # names of its clips

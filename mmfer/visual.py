@@ -526,7 +526,7 @@ def _spread(values, real):
     out[real] = values
     return out
 
-# %% ../nbs/05_visual.ipynb #bfa987ed
+# %% ../nbs/05_visual.ipynb #967409c5
 class VisualBranch(VisionTower, HubModule, library_name="mmfer", tags=["emotion-recognition"]):
     "Frames of a face in, one vector a segment and a vote of its own out."
 
@@ -535,9 +535,9 @@ class VisualBranch(VisionTower, HubModule, library_name="mmfer", tags=["emotion-
         config,  # a `VisualConfig`, see `VISUAL_PRESETS`, or its plain data
     ):
         super().__init__()
-        c = self.config = from_dict(VisualConfig, config)
+        c = self.config = config = from_dict(VisualConfig, config)
         self.dim = c.d_model
-        _check_config(config)
+        _check_config(c)
         self.vision = build_siglip(c)
         self.roi, self.pool = ROICompressor(c.d_model, c.top_k), FramePool(c.d_model)
         self.temporal = TemporalEncoder(c.d_model, c.temporal_layers, c.temporal_heads, c.ffn, c.attention_share, c.dropout)
