@@ -37,7 +37,7 @@ def _tables(device):
                                   window_fn=torch.hann_window, wkwargs={"periodic": False})
         return spectrogram.to(device), ParakeetFeatureExtractor().mel_filters.to(device)
 
-# %% ../nbs/04_audio.ipynb #27f2a20b
+# %% ../nbs/04_audio.ipynb #dc0835b8
 def normalise(
     mel: torch.Tensor,      # log-mel, `[B, 80, F]`
     lengths: torch.Tensor,  # valid columns, `[B]`
@@ -46,7 +46,7 @@ def normalise(
     mask, n = lengths_to_mask(lengths, mel.shape[-1])[:, None], lengths[:, None, None].clamp(min=1)
     centred = (mel - (mel * mask).sum(-1, keepdim=True) / n) * mask
     std = (centred.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    return torch.where(std > 1e-4, centred / (std + 1e-5), 0.0)  # a band that never moves holds rounding errors
+    return torch.where(std <= 1e-4, 0.0, centred / (std + 1e-5))  # a band that never moves holds rounding errors; NaN stays NaN
 
 # %% ../nbs/04_audio.ipynb #fc63abf6
 class LogMel(nn.Module):

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Toy', 'Train', 'Evaluate', 'ranked', 'Predict', 'Info', 'run_report', 'main']
 
-# %% ../nbs/90_cli.ipynb #b15f0776
+# %% ../nbs/90_cli.ipynb #26330d8e
 import contextlib
 import io
 import json
 import logging
-import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,7 +156,7 @@ def run_report(
 # %% ../nbs/90_cli.ipynb #f178c6d4
 COMMANDS = {"toy": Toy, "train": Train, "evaluate": Evaluate, "predict": Predict, "info": Info}
 
-# %% ../nbs/90_cli.ipynb #4ecd9d02
+# %% ../nbs/90_cli.ipynb #24327c14
 def _parse(args):
     "The command that `args` ask for; a mistake in them becomes one sentence."
     said = io.StringIO()
@@ -167,8 +166,8 @@ def _parse(args):
                 COMMANDS, prog="mmfer", args=args, description="Multimodal emotion recognition: sound and pictures of a face in, one of eight emotions out.")
     except SystemExit as e:
         if e.code != 2: raise
-    lines = [re.sub(r"[│╭╮╰╯─]+", "", line).strip() for line in said.getvalue().splitlines()]
-    raise MmferError(f"{' '.join(filter(None, lines[1:2]))}; see mmfer --help")
+    lines = [line.strip("│╭╮╰╯─|+- ") for line in said.getvalue().splitlines()]
+    raise MmferError(f"{next(filter(None, lines[1:]))}; see mmfer --help")  # the first line is only the frame's title
 
 # %% ../nbs/90_cli.ipynb #5c43834f
 def main(

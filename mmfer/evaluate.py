@@ -110,12 +110,12 @@ def actor_matrices(
     np.add.at(out, (index, labels, predictions), 1)
     return out
 
-# %% ../nbs/11_evaluate.ipynb #c3668be4
+# %% ../nbs/11_evaluate.ipynb #99f583c1
 def matrix_war(matrix):
     "WAR of confusion matrices, `[..., 8, 8] -> [...]`: the share of clips on the diagonal."
     return np.trace(matrix, axis1=-2, axis2=-1) / matrix.sum((-2, -1))
 
-
+# %% ../nbs/11_evaluate.ipynb #32399fd6
 def matrix_uar(matrix):
     "UAR of confusion matrices, `[..., 8, 8] -> [...]`: mean recall of the classes that occur."
     n = matrix.sum(-1)

@@ -57,7 +57,7 @@ def test_one_actor_is_called_out(tmp_path, capsys):
 
 
 def test_help_names_every_command():
-    said = subprocess.run([sys.executable, "-m", "mmfer.cli", "--help"], capture_output=True, text=True)
+    said = subprocess.run([sys.executable, "-c", "from mmfer.cli import main; main()", "--help"], capture_output=True, text=True)
     assert said.returncode == 0
     assert all(name in said.stdout for name in ("toy", "train", "evaluate", "predict", "info"))
 
