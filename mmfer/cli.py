@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Toy', 'Train', 'Evaluate', 'ranked', 'Predict', 'Info', 'run_report', 'main']
 
-# %% ../nbs/90_cli.ipynb #26330d8e
+# %% ../nbs/90_cli.ipynb #780a1968
 import contextlib
 import io
+import itertools
 import json
 import logging
 import sys
@@ -20,7 +21,7 @@ import tyro
 from torch.utils.data import DataLoader
 from tyro.conf import Positional
 
-# %% ../nbs/90_cli.ipynb #07c9c5dd
+# %% ../nbs/90_cli.ipynb #2b916f3b
 from . import __version__
 from .core import EMOTIONS, MmferError, seed_everything, this_machine
 from .datasets import ClipDataset, clip_table, collate, split_corpus
@@ -30,9 +31,9 @@ from .explain import clip_inputs
 from .media import read_clip
 from .model import MultimodalFER
 from .toy import make_toy
-from .trainer import RECIPES, Trainer
+from .trainer import RECIPES, Trainer, enough_epochs
 
-# %% ../nbs/90_cli.ipynb #74c319ac
+# %% ../nbs/90_cli.ipynb #40c3c5bc
 @dataclass
 class Toy:
     "Make a corpus of cartoon faces and voices, with RAVDESS names and a known best result for each modality."
@@ -42,11 +43,11 @@ class Toy:
 
     def run(self):
         make_toy(self.folder, actors=self.actors, seed=self.seed)
-        print(f"{self.folder}: {len(clip_table(self.folder))} clips of {self.actors} actors")
+        print(f"{self.folder}: {len(clip_table(self.folder))} clips, actors: {self.actors}")
 
-# %% ../nbs/90_cli.ipynb #a9aca179
+# %% ../nbs/90_cli.ipynb #126837d9
 def _loaders(data, size, seed, batch_size=16):
-    "The three parts of a corpus as datasets, the table, and whether the test actors are unseen."
+    "The three parts of a corpus as datasets, and the table. Warns when the test actors are not unseen."
     table = clip_table(data)
     parts, unseen = split_corpus(table, seed=seed)
     if not unseen: print("\033[1;31mThis corpus has one actor: NOT an unseen-actor result.\033[0m", file=sys.stderr)
@@ -72,14 +73,14 @@ class Train:
 
     def run(self): _train(self)
 
-# %% ../nbs/90_cli.ipynb #d00620a3
+# %% ../nbs/90_cli.ipynb #9dd444bb
 def _train(options):
     preset = options.preset or this_machine().preset
-    recipe = replace(RECIPES[preset], seed=options.seed)
-    if options.epochs: recipe = replace(recipe, epochs=options.epochs)
     seed_everything(options.seed)
     model = MultimodalFER.from_preset(preset, options.system)
     sets, table = _loaders(options.data, model.config.visual.image_size, options.seed)
+    recipe = enough_epochs(replace(RECIPES[preset], seed=options.seed), len(sets["train"]))
+    if options.epochs: recipe = replace(recipe, epochs=options.epochs)
     Trainer(model, recipe, sets["train"], sets["val"], options.out).fit()
     _judge(MultimodalFER.from_pretrained(options.out / "best"), sets, table, options.out / "report")
 
@@ -106,7 +107,7 @@ def ranked(
     p = model.eval()(**clip_inputs(clip)).probabilities[0].detach()
     return pd.Series(p, index=list(EMOTIONS)).sort_values(ascending=False)
 
-# %% ../nbs/90_cli.ipynb #3125f088
+# %% ../nbs/90_cli.ipynb #d5c1c1eb
 @dataclass
 class Predict:
     "Classify clips: one ranked table a file."
@@ -115,8 +116,10 @@ class Predict:
     missing_ok: bool = False          # classify from one modality where the other is missing
 
     def run(self):
+        if not self.files: raise MmferError("no file to classify: name at least one behind the model")
         model = MultimodalFER.from_pretrained(self.model)
         problems = [p for p in (_predict_one(model, f, self.missing_ok) for f in self.files) if p]
+        if len(self.files) == len(problems) == 1: raise MmferError(problems[0])
         if problems: raise MmferError(f"{len(problems)} of {len(self.files)} files were not classified:\n" + "\n".join(problems))
 
 # %% ../nbs/90_cli.ipynb #a672ddd8
@@ -156,7 +159,13 @@ def run_report(
 # %% ../nbs/90_cli.ipynb #f178c6d4
 COMMANDS = {"toy": Toy, "train": Train, "evaluate": Evaluate, "predict": Predict, "info": Info}
 
-# %% ../nbs/90_cli.ipynb #24327c14
+# %% ../nbs/90_cli.ipynb #f12bcb30
+def _first_sentence(framed):
+    "What tyro says inside its frame, as one line: from below the title to the first separator."
+    lines = [line.strip("│╭╮╰╯─|+- ") for line in framed.splitlines()][1:]
+    return " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
+
+# %% ../nbs/90_cli.ipynb #11392088
 def _parse(args):
     "The command that `args` ask for; a mistake in them becomes one sentence."
     said = io.StringIO()
@@ -166,8 +175,7 @@ def _parse(args):
                 COMMANDS, prog="mmfer", args=args, description="Multimodal emotion recognition: sound and pictures of a face in, one of eight emotions out.")
     except SystemExit as e:
         if e.code != 2: raise
-    lines = [line.strip("│╭╮╰╯─|+- ") for line in said.getvalue().splitlines()]
-    raise MmferError(f"{next(filter(None, lines[1:]))}; see mmfer --help")  # the first line is only the frame's title
+    raise MmferError(f"{_first_sentence(said.getvalue())}; see mmfer --help")
 
 # %% ../nbs/90_cli.ipynb #5c43834f
 def main(

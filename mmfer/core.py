@@ -195,7 +195,7 @@ def _require_files(folder):
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file(): raise MmferError(f"{folder} holds no {name}: pass a folder that save_pretrained wrote")
 
-# %% ../nbs/00_core.ipynb #3e8b6874
+# %% ../nbs/00_core.ipynb #80cf0883
 _BOXES = {  # name: (column, row, text, chapter)
     "media":     (0, 1.0, "clip\nsound + frames", "01-03"),
     "logmel":    (1, 2.0, "log-mel\n[80, F]", "04"),
@@ -206,7 +206,7 @@ _BOXES = {  # name: (column, row, text, chapter)
     "segments":  (4, 1.0, "8 segments\neach", "04-05"),
     "fusion":    (5, 1.0, "interleave,\nLFM2\n[16,1536]", "06"),
     "classifier":(6, 1.0, "pool + MLP\n[512]", "07"),
-    "emotion":   (7, 1.0, "one of\n8 emotions", "11-12"),
+    "emotion":   (7, 1.0, "one of\n8 emotions", "09, 11-12"),
 }
 
 # %% ../nbs/00_core.ipynb #ce7a4310

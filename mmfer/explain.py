@@ -117,13 +117,13 @@ def _picture(ax, frame, weight, left, right, shade):
     ax.imshow(np.dstack([np.zeros((*weight.shape, 3)), shade]), **place)
     ax.add_collection(LineCollection(_outline(weight > 0, left, right), colors="white", lw=1.5))
 
-# %% ../nbs/12_explain.ipynb #9d31fabd
+# %% ../nbs/12_explain.ipynb #7fc936fc
 def _film(ax, e, clip, truth):
     "One picture a segment; the true box is dashed while the cue lasts."
     n = len(e.segments)
     for left, right in zip(np.arange(n) / n * e.duration, np.arange(1, n + 1) / n * e.duration):
         t = np.abs(clip.times - (left + right) / 2).argmin()
-        shade = 0.6 * (1 - np.sqrt(e.patches[t] / e.patches[t].max()))  # the root keeps small weights visible
+        shade = 0.45 * (1 - np.sqrt(e.patches[t] / e.patches[t].max()))  # the root keeps small weights visible
         _picture(ax, clip.frames[t], e.patches[t], left, right, shade)
         if truth and truth["start"] <= clip.times[t] < truth["end"]: _box(ax, truth["box"], left, right)
     ax.set(ylim=(0, 1), yticks=[], ylabel="pictures", title="Pictures: a bright patch counts more, outlined patches were kept" + ", the true place is dashed" * bool(truth))

@@ -179,17 +179,18 @@ def _keeper(own, now, kept):
         return tensor
     return keep
 
-# %% ../nbs/08_model.ipynb #a794df77
+# %% ../nbs/08_model.ipynb #3c31dee5
 @torch.enable_grad()
 def measure_costs(
     model: nn.Module,  # a `MultimodalFER`
     clip: dict,        # what it takes, see `example_clip`
 ) -> dict:             # part -> (floating point operations of a forward pass, bytes kept for the backward pass)
-    "Send one clip through and count, part by part."
-    kept, (now, hooks) = {}, _follow_parts(model)
+    "Send one clip through and count, part by part. In evaluation mode, so that BatchNorm's averages stay as they are."
+    was_training, kept, (now, hooks) = model.training, {}, _follow_parts(model)
     keep = _keeper({p.data_ptr() for p in model.parameters()}, now, kept)
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda t: t): model(**clip)
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda t: t): model.eval()(**clip)
     for hook in hooks: hook.remove()
+    model.train(was_training)
     flops = {name.split(".")[-1]: sum(n.values()) for name, n in counter.get_flop_counts().items() if name.count(".") == 1}
     return {part: (flops.get(part, 0), sum(b for n, b in kept.values() if n == part)) for part, _ in model.named_children()}
 
@@ -217,7 +218,12 @@ def summarise(
     sources = {name: getattr(part, "weights_from", model.weights_from) for name, part in parts.items()}
     return table.assign(**{"weights from": pd.Series(sources | {"total": ""})}).rename_axis("part")
 
-# %% ../nbs/08_model.ipynb #6f31b538
+# %% ../nbs/08_model.ipynb #f91bb269
+def _short(x):
+    "A number as one would say it: 163.9 M, 26.7, 0.03."
+    return f"{x / 1e6:.3g} M" if x >= 1e5 else f"{x:.3g}" if x < 1e3 else f"{x:.0f}"
+
+# %% ../nbs/08_model.ipynb #31271100
 def draw_costs(
     table: pd.DataFrame,  # what `summarise` gives
 ):                        # the figure
@@ -225,8 +231,8 @@ def draw_costs(
     parts = table.drop(index="total")
     fig, axes = plt.subplots(1, 4, figsize=(10, 2.4), sharey=True, layout="constrained")
     for ax, column in zip(axes, ("parameters", "GFLOPs", "MB fixed", "MB a clip")):
-        ax.bar_label(ax.barh(parts.index, parts[column], color="#56B4E9", edgecolor="black"), fmt="%.3g", padding=2, fontsize=8)
-        ax.set(title=f"{column}\ntotal {table.loc['total', column]:.4g}", xticks=[], xlim=(0, 1.35 * parts[column].max() or 1))
+        ax.bar_label(ax.barh(parts.index, parts[column], color="#56B4E9", edgecolor="black"), fmt=_short, padding=2, fontsize=8)
+        ax.set(title=f"{column}\ntotal {_short(table.loc['total', column])}", xticks=[], xlim=(0, 1.5 * parts[column].max() or 1))
     axes[0].invert_yaxis()
     plt.close(fig)
     return fig

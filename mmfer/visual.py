@@ -31,7 +31,7 @@ from transformers.utils import logging
 from .audio import SegmentPool
 from .core import EMOTIONS, BranchOutput, HubModule, MmferError, from_dict, lengths_to_mask
 
-# %% ../nbs/05_visual.ipynb #f2ef0783
+# %% ../nbs/05_visual.ipynb #46ff1c66
 @dataclass
 class VisualConfig:
     "Everything that decides the shape of a `VisualBranch`. The defaults are SigLIP2 base with six temporal layers."
@@ -44,7 +44,7 @@ class VisualConfig:
     top_k: int = 64               # patches kept a frame
     temporal_layers: int = 6      # blocks over time
     temporal_heads: int = 8       # attention heads over time
-    attention_share: float = 0.3  # share of the blocks over time that are attention; the others are GSCB
+    attention_share: float = 0.3  # share of the blocks over time that are attention; the others are gated short convolutions (GSCB, below)
     n_segments: int = 8           # segments S of a clip
     dropout: float = 0.1
     chunk: int = 32               # frames that go through the vision tower at once

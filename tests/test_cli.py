@@ -35,6 +35,11 @@ def mistake(capsys, *args):
     return said.strip()
 
 
+def test_a_mistake_is_one_line(model, tmp_path, capsys):
+    for args in (["toys"], ["train", "x", "--preset", "huge", "--out", "y"], ["predict", model, tmp_path / "gone.mp4"], ["toy"]):
+        assert "\n" not in mistake(capsys, *args)
+
+
 def test_train_then_evaluate_then_predict(corpus, tmp_path, capsys):
     main(["train", str(corpus), "--out", str(tmp_path / "run"), "--preset", "tiny", "--epochs", "1"])
     trained = json.loads((tmp_path / "run/report/evaluation.json").read_text())
@@ -76,6 +81,7 @@ def test_mistakes_are_one_line(corpus, model, tmp_path, capsys):
     assert "holiday.mp4" in mistake(capsys, "train", tmp_path / "foreign", *run)
     assert "config.json" in mistake(capsys, "predict", tmp_path / "empty", clip)
     assert "gone.mp4" in mistake(capsys, "predict", model, tmp_path / "gone.mp4")
+    assert "no file" in mistake(capsys, "predict", model)
     assert "notes.mp4" in mistake(capsys, "predict", model, tmp_path / "notes.mp4")
     assert "nowhere" in mistake(capsys, "info", tmp_path / "nowhere")
     assert "actors" in mistake(capsys, "toy", tmp_path / "t", "--actors", "0")
