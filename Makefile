@@ -9,7 +9,7 @@ PRESET ?= tiny
 SEED ?= 0
 ACTORS ?= 10
 CORPUS := $(if $(DATA),$(abspath $(DATA)),$(CURDIR)/data/toy)
-NAME ?= $(notdir $(CORPUS))-$(PRESET)
+NAME ?= $(notdir $(CORPUS))-$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 RUN := $(CURDIR)/runs/$(NAME)
 
 .PHONY: help train test lab docs readme clean

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEDIA_SUFFIXES', 'MODALITIES', 'CHANNELS', 'SCHEMES', 'RAVDESS_ACTORS', 'LUNA_FOLDS', 'ClipName', 'parse_name',
-           'find_media', 'clip_table', 'Split', 'make_splits', 'split_table', 'split_by_repetition', 'split_corpus',
-           'read_item', 'ClipDataset', 'collate', 'model_inputs']
+           'find_media', 'clip_row', 'clip_table', 'Split', 'make_splits', 'split_table', 'split_by_repetition',
+           'split_corpus', 'read_item', 'file_fingerprint', 'ClipDataset', 'collate', 'model_inputs']
 
-# %% ../nbs/03_datasets.ipynb #29c48674
+# %% ../nbs/03_datasets.ipynb #da079caa
+import hashlib
 import itertools
 import logging
 import random
@@ -66,8 +67,12 @@ def find_media(
     hidden = lambda p: any(part.startswith(".") for part in p.relative_to(folder).parts)
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in MEDIA_SUFFIXES and p.is_file() and not hidden(p))
 
-# %% ../nbs/03_datasets.ipynb #4b88e5f0
-def _row(path, name):
+# %% ../nbs/03_datasets.ipynb #4a1712a5
+def clip_row(
+    path: Path,      # where the clip lies; its stem is the clip's name
+    name: ClipName,  # as `parse_name` reads it
+) -> dict:
+    "One row of `clip_table`."
     emotion = EMOTIONS[name.emotion - 1]
     return dict(path=str(path), clip=path.stem, emotion=emotion, label=name.emotion - 1,
                 intensity=name.intensity, statement=name.statement, repetition=name.repetition,
@@ -93,7 +98,7 @@ def _refuse_copies(table):
     if len(twice):
         raise MmferError(f"{twice.iloc[0]} and {twice.iloc[1]} are the same clip: remove one of the two")
 
-# %% ../nbs/03_datasets.ipynb #50957b6c
+# %% ../nbs/03_datasets.ipynb #6b4a836e
 def clip_table(
     folder,                    # folder of clips with RAVDESS names, in any layout
     channel: str = "speech",   # "speech" or "song"
@@ -103,7 +108,7 @@ def clip_table(
     for what, name, choices in (("channel", channel, CHANNELS), ("modality", modality, MODALITIES)):
         if name not in choices: raise MmferError(f"{what} {name!r} is unknown: choose one of {', '.join(choices)}")
     names, wanted = {path: parse_name(path) for path in find_media(folder)}, (int(modality), CHANNELS[channel])
-    rows = [_row(path, name) for path, name in names.items() if (name.modality, name.channel) == wanted]
+    rows = [clip_row(path, name) for path, name in names.items() if (name.modality, name.channel) == wanted]
     if not rows: _refuse_empty(folder, names.values(), channel, modality)
     table = pd.DataFrame(rows).sort_values(["clip", "path"], ignore_index=True)
     _refuse_copies(table)
@@ -212,7 +217,7 @@ def _wanted(data, row, problem):
         raise MmferError(f"{row['path']} lacks what was asked for ({problem}): remove it, or ask for the rest alone")
     return torch.as_tensor(data)
 
-# %% ../nbs/03_datasets.ipynb #ca6d6ad1
+# %% ../nbs/03_datasets.ipynb #11a8b650
 def read_item(
     row: dict,      # has path, label and clip, as a row of `clip_table`
     n_frames: int,  # pictures a clip, uniform over its span
@@ -220,14 +225,27 @@ def read_item(
     modalities,     # out of "audio" and "video"
 ) -> dict:          # label, clip, audio float32 `[n]`, video uint8 `[T, 3, H, W]`
     "Decode one clip. Raises `MmferError` when a modality that was asked for is missing."
-    clip = read_clip(row["path"], n_frames=n_frames, size=size)
+    pictures = n_frames if "video" in modalities else 1  # the sound alone needs no more
+    clip = read_clip(row["path"], n_frames=pictures, size=size)
     item = dict(label=int(row["label"]), clip=row["clip"])
     if "audio" in modalities: item["audio"] = _wanted(clip.audio, row, clip.audio_problem)
     if "video" in modalities:
         item["video"] = _wanted(clip.frames, row, clip.video_problem).movedim(-1, 1).contiguous()
     return item
 
-# %% ../nbs/03_datasets.ipynb #09122d73
+# %% ../nbs/03_datasets.ipynb #facf32fd
+def file_fingerprint(
+    path,      # the file that a clip is read from
+    *how,      # what else decides what is read from it: numbers and words
+) -> str:      # the clip's name and 32 hexadecimal digits
+    "Name the content of a clip without decoding it: its file's bytes and how they are read. Raises `MmferError` for a lost file."
+    path = Path(path)
+    try:
+        with open(path, "rb") as f: content = hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e: raise MmferError(f"{path} cannot be read ({e.strerror}): put it back, or make the table anew") from e
+    return f"{path.stem}-{hashlib.sha256(repr((content, *how)).encode()).hexdigest()[:32]}"
+
+# %% ../nbs/03_datasets.ipynb #8dc67d39
 class ClipDataset(Dataset):
     "The clips of a table, decoded; an item is what `read_item` returns."
     def __init__(
@@ -238,6 +256,7 @@ class ClipDataset(Dataset):
         keep: bool = True,               # keep decoded clips in memory after the first read
         modalities=("audio", "video"),   # what every clip must have and is handed on
     ):
+        self.table, self.labels = table, table["label"].tolist()
         self.rows = table[["path", "label", "clip"]].to_dict("records")
         self.how = dict(n_frames=n_frames, size=size, modalities=tuple(modalities))
         self.kept = {} if keep else None
@@ -249,6 +268,15 @@ class ClipDataset(Dataset):
         if i not in self.kept: self.kept[i] = read_item(self.rows[i], **self.how)
         return dict(self.kept[i])
 
+    def fingerprint(self, i) -> str:
+        "What the pictures of item `i` are made from, without decoding them: see `file_fingerprint`."
+        return file_fingerprint(self.rows[i]["path"], self.how["n_frames"], self.how["size"])
+
+    def without_video(self) -> "ClipDataset":
+        "The same clips without their pictures."
+        rest = tuple(m for m in self.how["modalities"] if m != "video")
+        return ClipDataset(self.table, **self.how | {"modalities": rest}, keep=self.kept is not None)
+
 # %% ../nbs/03_datasets.ipynb #835d1931
 def _pad(items, key):
     "Padded tensor and true lengths; a missing key has length 0."
@@ -257,18 +285,39 @@ def _pad(items, key):
     if not have: return None, lengths
     return pad_sequence([x.get(key, have[0][:0]) for x in items], batch_first=True), lengths
 
-# %% ../nbs/03_datasets.ipynb #0100cc3f
-def collate(
-    items: list,  # items of a `ClipDataset`; a missing modality is a missing key
-) -> dict:        # audio `[B, T_a]`, video uint8 `[B, T, 3, H, W]`, their lengths and labels `[B]`, clip list
-    "Pad to the longest and carry true lengths. A modality that one clip lacks has length 0; one that all lack is `None`."
-    audio, audio_lengths = _pad(items, "audio")
-    video, video_lengths = _pad(items, "video")
-    return dict(audio=audio, audio_lengths=audio_lengths, video=video, video_lengths=video_lengths,
-                labels=torch.tensor([x["label"] for x in items]), clip=[x["clip"] for x in items])
+# %% ../nbs/03_datasets.ipynb #560fdb42
+def _pictures_key(items):
+    "Under which name the pictures of a batch come. Raises `MmferError` when some clips bring tokens and others pictures."
+    tokens, raw = ([x["clip"] for x in items if key in x] for key in ("video_tokens", "video"))
+    if tokens and raw: raise MmferError(f"{tokens[0]} comes as tokens and {raw[0]} as pictures: cache all clips of a dataset, or none")
+    return "video_tokens" if tokens else "video"
 
-# %% ../nbs/03_datasets.ipynb #fceee93b
-_INPUTS = ("audio", "video", "audio_lengths", "video_lengths", "roi_mask")
+# %% ../nbs/03_datasets.ipynb #e278a148
+def _pad_masks(items, lengths):
+    "Face masks `[B, T, N]`, all False where a clip has none; None when no clip has one."
+    masks = [x["roi_mask"] for x in items if "roi_mask" in x]
+    if not masks: return None
+    none = masks[0].new_zeros(max(lengths), masks[0].shape[1])
+    return pad_sequence([x.get("roi_mask", none[:n]) for x, n in zip(items, lengths)], batch_first=True)
+
+# %% ../nbs/03_datasets.ipynb #0bb727fd
+def collate(
+    items: list,  # items of a dataset; a missing modality is a missing key
+) -> dict:        # audio `[B, T_a]`, video uint8 `[B, T, 3, H, W]`, their lengths and labels `[B]`, clip list
+    """Pad to the longest and carry true lengths. A modality that one clip lacks has length 0; one that all lack is `None`.
+
+    Items with `video_tokens` `[T, N, D]` or a `roi_mask` `[T, N]` add these keys; `video_lengths` counts pictures either way."""
+    audio, audio_lengths = _pad(items, "audio")
+    key = _pictures_key(items)
+    pictures, video_lengths = _pad(items, key)
+    roi_mask = _pad_masks(items, video_lengths.tolist())
+    batch = dict(audio=audio, audio_lengths=audio_lengths, video_lengths=video_lengths,
+                 labels=torch.tensor([x["label"] for x in items]), clip=[x["clip"] for x in items])
+    batch = batch | {"video": None, key: pictures}
+    return batch if roi_mask is None else batch | {"roi_mask": roi_mask}
+
+# %% ../nbs/03_datasets.ipynb #4ce969ae
+_INPUTS = ("audio", "video", "audio_lengths", "video_lengths", "roi_mask", "video_tokens")
 
 
 def model_inputs(

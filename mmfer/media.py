@@ -17,6 +17,9 @@ import numpy as np
 
 from .core import MmferError, atomic_write
 
+# %% ../nbs/01_media.ipynb #a38a892e
+cv2.setNumThreads(1)
+
 # %% ../nbs/01_media.ipynb #b38a3968
 SAMPLE_RATE = 16000  # samples a second; every speech encoder in this course wants 16 kHz mono
 

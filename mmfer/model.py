@@ -25,7 +25,7 @@ from .core import BranchOutput, HubModule, MmferError, count_parameters, from_di
 from .fusion import FUSION_PRESETS, SYSTEMS, FusionConfig, build_fusion
 from .visual import VISUAL_PRESETS, VisualBranch, VisualConfig
 
-# %% ../nbs/08_model.ipynb #e3e1957c
+# %% ../nbs/08_model.ipynb #718a3b62
 @dataclass
 class ModelConfig:
     "Everything that decides the shape of a `MultimodalFER`."
@@ -34,6 +34,7 @@ class ModelConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     modality_dropout: float = 0.1  # share of training clips that lose one modality
+    faces: str = "none"            # how pictures were cut in training: name of the face detector, "none": the middle square
 
 # %% ../nbs/08_model.ipynb #dc5a15c7
 PRESETS = ("tiny", "lightweight", "full")
@@ -81,7 +82,7 @@ def hide_modalities(
     side = torch.rand(len(audio), device=audio.device) < 0.5
     return audio & ~(drop & side), visual & ~(drop & ~side)
 
-# %% ../nbs/08_model.ipynb #ac2e1f43
+# %% ../nbs/08_model.ipynb #a9de9865
 class MultimodalFER(HubModule, library_name="mmfer", tags=["emotion-recognition", "multimodal"]):
     "Audio and video of a face in, one of eight emotions out."
 
@@ -109,8 +110,9 @@ class MultimodalFER(HubModule, library_name="mmfer", tags=["emotion-recognition"
     def _listen(self, audio, lengths):
         return None if self.audio is None or audio is None else self.audio(audio, lengths)
 
-    def _look(self, video, lengths, roi_mask):
-        return None if self.visual is None or video is None else self.visual(video, lengths, roi_mask)
+    def _look(self, video, lengths, roi_mask, tokens):
+        if self.visual is None or (video is None and tokens is None): return None
+        return self.visual(video, lengths, roi_mask, tokens)
 
     def forward(
         self,
@@ -120,9 +122,10 @@ class MultimodalFER(HubModule, library_name="mmfer", tags=["emotion-recognition"
         video_lengths=None,       # frames of each clip, `[B]`; 0: this clip has no pictures
         roi_mask=None,            # which patches show the face, `[B, T, N]` or `[B, N]`
         output_attentions=False,  # hand on the fusion's attention
+        video_tokens=None,        # in place of video: what the vision tower made of it, `[B, T, N, D]`
     ) -> FEROutput:
         "Classify a batch. Raises `MmferError` when a clip has nothing that this system can use."
-        heard, seen = self._listen(audio, audio_lengths), self._look(video, video_lengths, roi_mask)
+        heard, seen = self._listen(audio, audio_lengths), self._look(video, video_lengths, roi_mask, video_tokens)
         self._require_input(heard, seen)
         fused = self.fusion(*self._maybe_hide(heard, seen), output_attentions=output_attentions)
         logits, temporal = (fused.logits, None) if self.classifier is None else self.classifier(fused.features)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOICE_GROUPS', 'FACE_GROUPS', 'SKINS', 'HAIRS', 'WALLS', 'REST', 'FACES', 'TINTS', 'VOWELS', 'STATEMENTS', 'PLAIN',
-           'VOICES', 'group_of', 'bound', 'Actor', 'make_actor', 'pose', 'draw_face', 'cue_weight', 'opening', 'say',
-           'Part', 'perform', 'script', 'make_toy']
+           'VOICES', 'SHORTEST', 'group_of', 'bound', 'Actor', 'make_actor', 'pose', 'draw_face', 'cue_weight',
+           'opening', 'say', 'Part', 'perform', 'script', 'make_toy']
 
 # %% ../nbs/02_toy.ipynb #abdf7bc8
 import itertools
@@ -390,8 +390,13 @@ def _make_clip(job):
     write_clip(folder / f"Actor_{part.actor.number:02}" / f"{part.stem}.mp4", frames, fps, audio)
     return part.stem, truth
 
-# %% ../nbs/02_toy.ipynb #93f13347
-def _check_request(folder, actors, clips_per_actor, names):
+# %% ../nbs/02_toy.ipynb #d3a25467
+SHORTEST = 1.2  # seconds: a cue of up to 0.8 s with some room before and after
+
+
+def _check_request(folder, actors, clips_per_actor, seconds, names):
+    if seconds < SHORTEST:
+        raise MmferError(f"{folder}: seconds={seconds} is too short for a cue: ask for {SHORTEST} or more")
     if not 1 <= actors <= 99:
         raise MmferError(f"{folder}: actors={actors} is not possible, names have two digits: ask for 1 to 99")
     if not 1 <= clips_per_actor <= 60:
@@ -400,7 +405,7 @@ def _check_request(folder, actors, clips_per_actor, names):
     if foreign:
         raise MmferError(f"{folder} already holds {foreign[0]}, which is not of this corpus: choose an empty folder")
 
-# %% ../nbs/02_toy.ipynb #d7e3dda9
+# %% ../nbs/02_toy.ipynb #0d5546af
 def make_toy(
     folder,                      # where to put the corpus
     actors: int = 8,             # number of actors, odd ones male
@@ -414,14 +419,13 @@ def make_toy(
 ) -> Path:                       # the folder
     """Write a corpus of cartoon clips with RAVDESS names, and `truth.json` with the time and place of each cue.
 
-    Data with a planted answer, as in the controlled experiment of Kim et al. 2018 (TCAV, arXiv 1711.11279).
-    Raises `MmferError` for an impossible number of actors or clips, and for a folder that holds other clips."""
+    Raises `MmferError` for an impossible number of actors, clips or seconds, and for a folder that holds other clips."""
     folder = Path(folder)
     parts = [p for n in range(1, actors + 1) for p in script(make_actor(n, seed), clips_per_actor, seed)]
-    _check_request(folder, actors, clips_per_actor, {p.stem for p in parts})
+    _check_request(folder, actors, clips_per_actor, seconds, {p.stem for p in parts})
     jobs = [(folder, p, size, seconds, fps) for p in parts]
     method = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork imports nothing anew
-    with method.Pool(workers or os.cpu_count(), cv2.setNumThreads, (1,)) as pool:
+    with method.Pool(workers or os.cpu_count()) as pool:
         made = pool.imap(_make_clip, jobs, chunksize=4)
         truth = dict(tqdm(made, total=len(parts), desc="toy corpus", unit="clip", disable=not progress))
     with atomic_write(folder / "truth.json") as f: json.dump(truth, f, indent=1)

@@ -1,4 +1,5 @@
 """Names, tables, splits and batches: what must hold for any folder and any set of actors."""
+import os
 import random
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from mmfer.core import EMOTIONS, MmferError
 from mmfer.datasets import (LUNA_FOLDS, RAVDESS_ACTORS, SCHEMES, ClipDataset, Split, clip_table, collate, find_media,
-                            make_splits, parse_name, split_by_repetition, split_table)
+                            file_fingerprint, make_splits, model_inputs, parse_name, split_by_repetition, split_table)
 from mmfer.toy import make_toy
 
 def two_digits(most): return st.integers(1, most)
@@ -213,6 +214,63 @@ def test_collate_keeps_every_value_and_length(sizes):
             if key in x: assert torch.equal(batch[key][i, : len(x[key])], x[key])
         assert (batch[key] is None) == (not any(key in x for x in items))
     assert batch["labels"].tolist() == [x["label"] for x in items] and batch["clip"] == [x["clip"] for x in items]
+
+
+masks = st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=5)
+
+
+@settings(deadline=None)
+@given(masks)
+def test_masks_are_padded_and_false_where_there_is_none(sizes):
+    items = [dict(label=0, clip=str(i)) | ({"video": torch.zeros(n, 3, 2, 2, dtype=torch.uint8)} if n else {})
+             | ({"roi_mask": torch.ones(n, 4, dtype=torch.bool)} if n and mask else {}) for i, (n, mask) in enumerate(sizes)]
+    batch = collate(items)
+    if not any(n and mask for n, mask in sizes): assert "roi_mask" not in batch; return
+    assert batch["roi_mask"].shape == (*batch["video"].shape[:2], 4) and batch["roi_mask"].dtype == torch.bool
+    for row, (n, mask) in zip(batch["roi_mask"], sizes): assert row[:n].all() == (mask or not n) and not row[n:].any() and (mask or not row.any())
+    assert model_inputs(batch)["roi_mask"] is batch["roi_mask"]
+
+
+def test_tokens_take_the_place_of_pictures():
+    items = [dict(label=i, clip=str(i), video_tokens=torch.rand(n, 4, 2).half()) for i, n in enumerate((3, 5))] + [dict(label=2, clip="2")]
+    batch = collate(items)
+    assert batch["video"] is None and batch["video_tokens"].shape == (3, 5, 4, 2) and batch["video_tokens"].dtype == torch.float16
+    assert batch["video_lengths"].tolist() == [3, 5, 0]
+    for i in (0, 1): assert torch.equal(batch["video_tokens"][i, : len(items[i]["video_tokens"])], items[i]["video_tokens"])
+    assert set(model_inputs(batch)) == {"audio_lengths", "video_lengths", "video_tokens"}
+
+
+def test_tokens_and_pictures_in_one_batch_are_refused():
+    items = [dict(label=0, clip="a.mp4", video=torch.zeros(1, 3, 2, 2)), dict(label=0, clip="b.mp4", video_tokens=torch.zeros(1, 4, 2))]
+    with pytest.raises(MmferError, match="b.mp4 comes as tokens and a.mp4 as pictures"): collate(items)
+
+
+# what later chapters ask a dataset without decoding
+
+def test_labels_and_fingerprints_need_no_decoding(toy, monkeypatch):
+    dataset = ClipDataset(toy, n_frames=4)
+    monkeypatch.setattr("mmfer.datasets.read_clip", lambda *a, **k: pytest.fail("decoded"))
+    assert dataset.labels == toy.label.tolist() and all(type(label) is int for label in dataset.labels)
+    names = [dataset.fingerprint(i) for i in range(4)]
+    assert len(set(names)) == 4 and all(n.startswith(c) for n, c in zip(names, toy["clip"]))
+    assert ClipDataset(toy, n_frames=5).fingerprint(0) != names[0] != ClipDataset(toy, n_frames=4, size=32).fingerprint(0)
+
+
+def test_a_fingerprint_follows_the_bytes_not_the_place_or_the_date(tmp_path):
+    for folder, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.mp4").write_bytes(content)
+        os.utime(tmp_path / folder / "x.mp4", (ord(folder) if folder != "c" else ord("a"),) * 2)
+    a, b, c = (file_fingerprint(tmp_path / folder / "x.mp4", 16) for folder in "abc")
+    assert a == b != c and a != file_fingerprint(tmp_path / "a" / "x.mp4", 17)
+    with pytest.raises(MmferError, match="gone.mp4 cannot be read"): file_fingerprint(tmp_path / "gone.mp4")
+
+
+def test_without_video(toy):
+    dataset = ClipDataset(toy, n_frames=4, keep=False)
+    rest = dataset.without_video()
+    assert set(rest[1]) == {"audio", "label", "clip"} and rest.labels == dataset.labels
+    assert torch.equal(rest[1]["audio"], dataset[1]["audio"]) and "video" in dataset[1]
 
 
 # real recordings

@@ -41,7 +41,7 @@ def test_matrix_metrics_are_the_scores(rows):
     labels, predictions, actors = map(np.array, zip(*rows))
     total, s = ev.actor_matrices(labels, predictions, actors).sum(0), ev.score(labels, predictions)
     assert s["confusion_matrix"] == total.tolist()
-    assert ev.matrix_war(total) == pytest.approx(s["war"]) and ev.matrix_uar(total) == pytest.approx(s["uar"])
+    for metric, of_matrix in ev.BOOTSTRAPPED.items(): assert of_matrix(total) == pytest.approx(s[metric])
 
 
 @few
@@ -75,6 +75,17 @@ def test_one_actor_has_no_interval():
     s = ev.score([0, 1], [0, 1], actors=[5, 5])
     assert s["intervals"] is None and s["test_actors"] == [5]
     with pytest.raises(MmferError, match="two actors"): ev.bootstrap_interval([0, 1], [0, 1], [5, 5])
+
+
+def test_fold_table_has_the_folds_their_mean_and_the_interval_of_all_actors():
+    r = random_results()
+    table = ev.fold_table(r.assign(fold=r["actor"] % 2))
+    uars = [ev.score(g["label"], g["prediction"])["uar"] for _, g in r.groupby(r["actor"] % 2)]
+    assert list(table.index) == ["0", "1", "mean ± sd", "95 % by actor"]
+    assert table["UAR"].iloc[2] == f"{np.mean(uars):.3f} ± {np.std(uars, ddof=1):.3f}"
+    low, high = ev.bootstrap_interval(r["label"], r["prediction"], r["actor"], "uar")
+    assert table["UAR"].iloc[3] == f"[{low:.3f}, {high:.3f}]"
+    assert table["clips"].iloc[:2].tolist() == [80, 80]
 
 
 def test_ece_against_a_loop_and_in_any_order():

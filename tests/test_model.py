@@ -74,6 +74,20 @@ def test_missing_modalities(system):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
+def test_tokens_in_place_of_video(system):
+    model, batch = tiny(system), clips(2)
+    wanted, tokens = logits(model, batch), torch.zeros(2, 9, 64, 64)
+    if model.visual:
+        real = torch.arange(9) < batch["video_lengths"][:, None]
+        with torch.no_grad(): tokens[real] = model.visual.encode(batch["video"][real])
+    video = batch.pop("video")
+    assert torch.equal(logits(model, batch | {"video_tokens": tokens}), wanted)
+    if system == "audio_only": return
+    with pytest.raises(MmferError, match="either video or tokens"): model(**batch, video=video, video_tokens=tokens)
+    with pytest.raises(MmferError, match="tokens have the shape"): model(**batch, video_tokens=tokens[..., :32])
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_saved_and_loaded_is_the_same(system, tmp_path):
     model, batch = tiny(system), clips(2)
     model.save_pretrained(tmp_path)

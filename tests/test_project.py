@@ -76,3 +76,7 @@ def test_clean_clone_imports_and_runs(tmp_path):
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone")], check=True)
     said = subprocess.run([sys.executable, "-c", "from mmfer.cli import main; main()", "info"], cwd=tmp_path / "clone", capture_output=True, text=True)
     assert said.returncode == 0 and said.stdout.startswith("mmfer "), said.stderr
+
+
+def test_the_table_of_benchmarks_is_that_of_their_results():
+    subprocess.run([sys.executable, "benchmarks/readme.py"], cwd=ROOT, check=True)

@@ -1,5 +1,7 @@
 """The toy corpus keeps its promises: names, groups, truth, chance, speed."""
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -130,9 +132,23 @@ def test_strength_does_not_give_neutral_away():
     assert share[2][0] == 0.5 and abs(share[1][0] - 0.5) < 3 * share[1][1]
 
 
+BUSY = """
+import sys, cv2, numpy as np
+from mmfer.toy import make_toy
+for _ in range(3): cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (9, 9), 2)
+make_toy(sys.argv[1], actors=1, clips_per_actor=2, workers=2, progress=False)
+"""
+
+
+def test_opencv_may_be_busy_before(tmp_path):
+    subprocess.run([sys.executable, "-c", BUSY, tmp_path / "toy"], timeout=120, check=True)  # its threads would not survive the fork
+    assert len(list(tmp_path.rglob("*.mp4"))) == 2
+
+
 @pytest.mark.parametrize("asked, said", [
     (dict(actors=0), "actors=0"), (dict(actors=100), "actors=100"),
-    (dict(clips_per_actor=0), "clips_per_actor=0"), (dict(clips_per_actor=61), "clips_per_actor=61")])
+    (dict(clips_per_actor=0), "clips_per_actor=0"), (dict(clips_per_actor=61), "clips_per_actor=61"),
+    (dict(seconds=1.0), "seconds=1.0 is too short")])
 def test_impossible_requests_are_refused(asked, said, tmp_path):
     with pytest.raises(MmferError, match=said): make_toy(tmp_path, **asked)
     assert list(tmp_path.iterdir()) == []

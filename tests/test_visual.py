@@ -111,6 +111,51 @@ def test_one_mask_for_all_frames(branch):
     with torch.no_grad(): same(branch(video, None, roi[:, 0]), branch(video, None, roi[:, :1].expand(-1, 3, -1)))
 
 
+# ---- tokens in place of pictures ----
+@few
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3), seed=st.integers(0, 99), chunk=st.integers(1, 40))
+def test_tokens_give_the_same_answer_to_the_last_bit(branch, lengths, seed, chunk):
+    lengths = torch.tensor(lengths)
+    video, roi = clips(len(lengths), 9, seed)
+    video[lengths == 0] = 0  # what the branch sees in place of missing pictures
+    real = visual.lengths_to_mask(lengths.clamp(min=1), 9)
+    before, branch.config.chunk = branch.config.chunk, chunk
+    try:
+        with torch.no_grad():
+            tokens = torch.full((len(lengths), 9, 16, 32), float("nan"))  # nothing behind the end may matter
+            tokens[real] = branch.encode(video[real])
+            want, got = branch(video, lengths, roi), branch(lengths=lengths, roi_mask=roi, tokens=tokens)
+    finally: branch.config.chunk = before
+    there = lengths > 0
+    for name in want: assert torch.equal(want[name][there], got[name][there]), name
+    assert all(v.isfinite().all() for v in got.values()) and torch.equal(want.present, got.present)
+
+
+def test_the_tower_is_not_asked_when_there_are_tokens(branch, monkeypatch):
+    monkeypatch.setattr(branch.vision, "forward", lambda *a, **k: pytest.fail("asked"))
+    assert branch(tokens=torch.rand(2, 3, 16, 32).half()).logits.dtype == torch.float32
+
+
+def test_learning_from_tokens_reaches_all_but_the_tower():
+    branch = small().train()
+    out = branch(tokens=torch.randn(2, 9, 16, 32), roi_mask=clips(2, 9)[1])
+    torch.nn.functional.cross_entropy(out.logits, torch.tensor([1, 2])).backward()
+    silent = {n for n, p in branch.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert all(n.startswith("vision.") for n in silent) and not any(p.grad is not None for p in branch.vision.parameters())
+
+
+@pytest.mark.parametrize("video, tokens, words", [
+    (torch.zeros(1, 2, 3, 32, 32), torch.zeros(1, 2, 16, 32), "either video or tokens"), (None, None, "either video or tokens"),
+    (None, torch.zeros(1, 2, 16, 64), r"tokens have the shape \[1, 2, 16, 64\].*wants \[B, T, 16, 32\]"),
+    (None, torch.zeros(1, 2, 12, 32), "encode"), (None, torch.zeros(2, 16, 32), "encode"), (None, torch.zeros(1, 0, 16, 32), "encode")])
+def test_wrong_tokens_are_refused(branch, video, tokens, words):
+    with pytest.raises(MmferError, match=words): branch(video, tokens=tokens)
+
+
+def test_encode_refuses_frames_of_another_size(branch):
+    with pytest.raises(MmferError, match="resize"): branch.encode(torch.zeros(2, 3, 64, 64))
+
+
 # ---- missing pictures ----
 @pytest.mark.parametrize("lengths", [[3, 0], [0, 0]])
 def test_length_zero_is_finite_and_marked(lengths):
@@ -392,6 +437,14 @@ def test_squares_stay_inside_the_picture_and_keep_their_size():
 def test_no_face_is_an_error_that_says_what_to_do():
     with pytest.raises(MmferError, match='empty.mp4: no face was found in any of 8 frames; pass faces="none"'):
         track_face(Detector([[]] * 8), BLANK, name="empty.mp4")
+
+
+def test_crop_faces_warns_of_two_faces_and_refuses_none():
+    two = [[(60, 30, 30, 40), (10, 10, 10, 10)]] * 8
+    with pytest.warns(UserWarning, match="two.mp4: 2 faces are in the picture"): crops = crop_faces(BLANK, Detector(two), name="two.mp4")
+    np.testing.assert_allclose(crops.track.boxes, [[60, 30, 90, 70]] * 8)
+    assert crops.roi_mask.any(1).all() and not crops.roi_mask.all(1).any()
+    with pytest.raises(MmferError, match="empty.mp4: no face"): crop_faces(BLANK, Detector([[]] * 8), name="empty.mp4")
 
 
 def test_faces_none_keeps_the_middle_square():

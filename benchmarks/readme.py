@@ -1,0 +1,38 @@
+"""Check that the table in benchmarks/README.md is that of the results; with --write, write it.
+
+    python benchmarks/readme.py [--write]
+"""
+import ast
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SHARED = ("common", "readme")
+
+
+def question(script):
+    "The first line of a script's docstring."
+    return ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))).splitlines()[0]
+
+
+def rows(script):
+    "One row a result; a script without a result has one that says so."
+    kept = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((HERE / "results").glob("*.json"))]
+    mine = [r for r in kept if f"benchmarks/{script.name}" in r["command"]]
+    if not mine: return [f"| {question(script)} | not measured | | `python benchmarks/{script.name}` |"]
+    return [f"| {question(script)} | {r['answer']} | {r['machine']['chip']}, torch {r['machine']['torch']} | `{r['command']}` |" for r in mine]
+
+
+def readme():
+    scripts = [p for p in sorted(HERE.glob("*.py")) if p.stem not in SHARED]
+    head = ("# Benchmarks\n\nOne script a question. Each writes its result with chip, versions and settings into `results/`, and this table is made from those files "
+            "(`python benchmarks/readme.py --write`). What has not been measured says so.\n\n| question | answer | chip | command |\n| --- | --- | --- | --- |\n")
+    tail = ("\nComparisons of systems, also in `results/`: `compare_toy` and `compare_ravdess`, shown and explained in chapter 14.\n")
+    return head + "\n".join(row for s in scripts for row in rows(s)) + "\n" + tail
+
+
+if __name__ == "__main__":
+    path = HERE / "README.md"
+    if "--write" in sys.argv: path.write_text(readme(), encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != readme(): sys.exit("benchmarks/README.md is not the table of the results: run python benchmarks/readme.py --write")

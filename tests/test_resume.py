@@ -1,0 +1,221 @@
+"""A training that was cut off goes on as if nothing had happened: the same weights, the same history, or one clear sentence."""
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmfer.core import MmferError, seed_everything
+from mmfer.model import MultimodalFER, preset_config
+from mmfer.trainer import RECIPES, Checkpoints, RunFolder, Trainer
+from test_trainer import Clips
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCHES = 5  # of an epoch: nine clips, two a batch; with accumulation 2 the last group is half
+RECIPE = replace(RECIPES["tiny"], epochs=2, batch_size=2, accumulation=2, warmup_epochs=0.5, save_batches=1, mixup=0.4,
+                 augment=True, class_weights=True, alignment_loss=0.1)
+
+
+class Cut(Exception):
+    "The power goes."
+
+
+class Breaking(Trainer):
+    "A trainer that is cut off before a batch."
+    stop_at = -1
+
+    def _train_step(self, batch):
+        if self.stop_at == 0: raise Cut
+        self.stop_at -= 1
+        return super()._train_step(batch)
+
+
+def trainer(out, resume=False, stop_at=-1, kind=Breaking, data=None, seed=0, **changes):
+    seed_everything(seed)
+    config = preset_config("tiny")
+    config.modality_dropout = 0.5
+    made = kind(MultimodalFER(config), replace(RECIPE, **changes), data or Clips(9), Clips(3), out, resume=resume)
+    made.stop_at = stop_at
+    return made
+
+
+def break_and_resume(out, stop_at, **changes):
+    "The weights and history of a run that was cut off before batch `stop_at` and resumed by a model that began elsewhere."
+    with pytest.raises(Cut): trainer(out, stop_at=stop_at, **changes).fit()
+    again = trainer(out, resume=True, seed=99, **changes)
+    again.fit()
+    return result(again)
+
+
+def result(made):
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "data_wait")} for row in made.history]
+    return rows, {k: v.clone() for k, v in made.objective.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a[0] == b[0]
+    assert all(torch.equal(v, b[1][k]) for k, v in a[1].items())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    made = trainer(tmp_path_factory.mktemp("whole") / "run")
+    made.fit()
+    return result(made)
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, BATCHES, 2 * BATCHES - 1])  # at once; within a group; between epochs; in the last, half group
+def test_cut_off_anywhere_and_resumed_is_the_unbroken_run(stop_at, unbroken, tmp_path):
+    assert_same(break_and_resume(tmp_path / "run", stop_at), unbroken)
+
+
+@pytest.mark.parametrize("stop_at, changes", [
+    (6, dict(schedule="restarts", save_batches=0)),
+    (8, dict(schedule="plateau", warmup_epochs=0.0, freeze=["audio"])),
+    (7, dict(workers=1))])
+def test_other_settings_resume_exactly_too(stop_at, changes, tmp_path):
+    whole = trainer(tmp_path / "whole", **changes)
+    whole.fit()
+    assert_same(break_and_resume(tmp_path / "cut", stop_at, **changes), result(whole))
+
+
+@pytest.fixture(scope="module")
+def killing():
+    "The script that kills trainings, and what its training ends with when nobody kills it."
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try: import kill_resume
+    finally: sys.path.pop(0)
+    with tempfile.TemporaryDirectory() as folder: return kill_resume, kill_resume.in_child(Path(folder))[1]
+
+
+def test_killed_with_sigkill_while_it_writes_a_checkpoint_and_resumed(killing):
+    script, whole = killing
+    killed = script.kill_once(8, script.MOMENTS[2], whole)
+    assert killed["equal"] and len(whole["history"]) == 3, killed
+    assert killed["resumed_from"] == dict(epoch=1, batches=2)
+
+
+def test_a_fresh_folder_starts_and_a_finished_run_returns_at_once(tmp_path):
+    first = trainer(tmp_path / "run", resume=True, epochs=1)
+    rows = first.fit()
+    again = trainer(tmp_path / "run", resume=True, epochs=1, seed=3, stop_at=0)  # a batch would raise
+    assert again.fit() == rows
+    assert_same(result(again), result(first))
+    with pytest.raises(MmferError, match="already holds a run: resume it"): trainer(tmp_path / "run", epochs=1)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    "A run that was cut off in its first epoch."
+    out = tmp_path_factory.mktemp("started") / "run"
+    with pytest.raises(Cut): trainer(out, stop_at=3).fit()
+    return out
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(lr_fusion=0.5), "trained with lr_fusion=0.002, now it is 0.5"),
+    (dict(data=Clips(8)), "a training set of 9 clips, now it has 8; they differ in clip-8"),
+    (dict(freeze=["fusion"]), r"freeze=\[\], now it is \['fusion'\]")])
+def test_another_run_is_refused_with_the_difference(changes, said, started):
+    with pytest.raises(MmferError, match=said): trainer(started, resume=True, **changes).fit()
+
+
+def test_another_model_is_refused_with_the_difference(started):
+    made = Trainer(MultimodalFER.from_preset("tiny"), RECIPE, Clips(9), Clips(3), started, resume=True)
+    with pytest.raises(MmferError, match="modality_dropout=0.5, now it is 0.1"): made.fit()
+
+
+def copy_of(folder, out):
+    shutil.copytree(folder, out)
+    return Checkpoints(out / "checkpoint").newest()
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda note: flip(note.with_suffix(".pt")),
+    lambda note: os.truncate(note.with_suffix(".pt"), 1000),
+    lambda note: note.with_suffix(".pt").unlink(),
+    lambda note: note.write_text("{")], ids=["bit flipped", "truncated", "gone", "no JSON"])
+def test_a_damaged_checkpoint_is_named(harm, started, tmp_path):
+    note = copy_of(started, tmp_path / "run")
+    harm(note)
+    with pytest.raises(MmferError, match=f"{note.stem}.pt is damaged .*delete it and {note.name}") as e:
+        trainer(tmp_path / "run", resume=True).fit()
+    assert "\n" not in str(e.value)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path / "pwned"),)
+    saves = Checkpoints(tmp_path / "checkpoint")
+    saves.save(dict(evil=Evil()), 0, 0)
+    with pytest.raises(MmferError, match="damaged"): saves.load()
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_two_runs_on_one_folder(tmp_path):
+    made = trainer(tmp_path / "run", epochs=1)
+    with RunFolder(tmp_path / "run").lock(), pytest.raises(MmferError, match="in use by another training"): made.fit()
+    made.fit()
+
+
+@pytest.mark.parametrize("limit", [2_000, 2_000_000], ids=["nothing fits", "part of a file fits"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(limit, tmp_path, unbroken):
+    with pytest.raises(Cut): trainer(tmp_path / "run", stop_at=4).fit()
+    before = RunFolder(tmp_path / "run").checkpoints.newest()
+    made = trainer(tmp_path / "run", resume=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(MmferError, match="run cannot be written .*make room, then resume") as e: made.fit()
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(e.value)
+    assert RunFolder(tmp_path / "run").checkpoints.newest() == before
+    again = trainer(tmp_path / "run", resume=True)
+    again.fit()
+    assert_same(result(again), unbroken)
+
+
+class OnDisk(Clips):
+    "Clips in a folder that can be pulled out."
+    def __init__(self, folder):
+        super().__init__(9)
+        self.folder = folder
+
+    def __getitem__(self, i):
+        if not self.folder.exists(): raise MmferError(f"{self.folder / f'clip-{i}.mp4'} does not exist: check the path")
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_folder_that_vanished_and_came_back(workers, tmp_path, unbroken):
+    class Pulled(Breaking):
+        def _checkpoint(self, *args, **kwargs):
+            super()._checkpoint(*args, **kwargs)
+            if len(self.history) == 1: data.folder.unlink()
+
+    data = OnDisk(tmp_path / "disk")
+    data.folder.touch()
+    made = trainer(tmp_path / "run", kind=Pulled, data=data, workers=workers)
+    with pytest.raises(MmferError, match=r"^\S+disk/clip-\d.mp4 does not exist: check the path$"): made.fit()
+    data.folder.touch()
+    again = trainer(tmp_path / "run", data=data, resume=True, workers=workers)
+    again.fit()
+    assert_same(result(again), unbroken)
+
+
+def test_checkpoints_are_kept_every_so_many_epochs(tmp_path):
+    made = trainer(tmp_path / "run", epochs=3, save_every=2, save_batches=0, augment=False)
+    made.fit()
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == [
+        "00002-0000000.json", "00002-0000000.pt", "00003-0000000.json", "00003-0000000.pt"]
