@@ -199,12 +199,13 @@ def _split(table, seed):
     if not unseen: print("\033[1;31mThis corpus has one actor: NOT an unseen-actor result.\033[0m", file=sys.stderr)
     return parts
 
-# %% ../nbs/90_cli.ipynb #b111caf7
+# %% ../nbs/90_cli.ipynb #d353c10a
 @dataclass(kw_only=True)
 class Train(Training):
     "Train one system on a corpus, split by actor, and judge it on the test part. A raw folder is prepared first."
 
     def run(self):
+        PartialState(cpu=not torch.cuda.is_available())  # without being told, it looks for no other processes on a CPU
         _require_free(self, self.out)
         model, preset = _build(self)
         table, dataset = _open(self.data, model, self.out, self.faces)
@@ -232,13 +233,14 @@ class Evaluate:
         parts = _split(table, self.seed)
         _judge(model, parts, {name: dataset(rows) for name, rows in parts.items()}, self.out)
 
-# %% ../nbs/90_cli.ipynb #0b015a9b
+# %% ../nbs/90_cli.ipynb #f65c2bcc
 @dataclass(kw_only=True)
 class Cv(Training):
     "Train one system on every fold, each test actor unseen by the model that judges them, and write cv.csv and a report on all folds."
     folds: Literal["hicmae", "luna", "single"] = "hicmae"  # folds of 4 actors (Sun et al. 2024), 5 folds (Luna-Jimenez et al. 2022), one split
 
     def run(self):
+        PartialState(cpu=not torch.cuda.is_available())
         _require_free(self, self.out / "fold_1")
         table, _ = _open(self.data, _build(self)[0], self.out, self.faces)
         splits = make_splits(table.actor, self.folds, self.seed)

@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/18_stages.ipynb #08e59030
+# %% ../nbs/18_stages.ipynb #8471ac74
 from .core import MmferError, atomic_write, diff_config, from_dict, to_dict
 from .datasets import collate, model_inputs
 from .trainer import FREE, PARTS, RECIPES, RunFolder, TrainConfig, Trainer
-from .trainer import first_line, make_accelerator, require_possible
+from .trainer import first_line, make_accelerator, out_of_range, require_possible
 
 # %% ../nbs/18_stages.ipynb #7e5a06f4
 VOTES = ("fused", "branches")
@@ -47,22 +47,26 @@ class Recipe:
     "A training: its stages in order, each from the best epoch of the one before."
     stages: list          # of `Stage`
 
-# %% ../nbs/18_stages.ipynb #1e7a75ea
-def _stage(name, config, share, vote="fused", **changes):
-    "A stage with its share of the epochs."
-    epochs = max(1, round(share * config.epochs))
-    return Stage(name, replace(config, epochs=epochs, warmup_epochs=share * config.warmup_epochs, **changes), vote)
+# %% ../nbs/18_stages.ipynb #338f8255
+def _cut(config):
+    "Three configs with 40, 20 and 40 % of the epochs and the warmup; the last takes what rounding leaves."
+    first, second = round(0.4 * config.epochs), round(0.2 * config.epochs)
+    parts = ((first, 0.4), (second, 0.2), (config.epochs - first - second, 0.4))
+    return [replace(config, epochs=n, warmup_epochs=share * config.warmup_epochs) for n, share in parts]
 
-# %% ../nbs/18_stages.ipynb #b96f6d68
+# %% ../nbs/18_stages.ipynb #0e115c9b
 def three_stages(
-    config: TrainConfig,  # how one would train end to end
+    config: TrainConfig,  # how one would train end to end; at least 3 epochs
 ) -> Recipe:
-    "The same number of epochs in three stages: 40 % for the branches, 20 % for the fusion, 40 % end to end."
-    alone = dict(audio_loss=1.0, visual_loss=1.0, alignment_loss=0.0, curriculum=1.0)
-    silent = dict(audio_loss=0.0, visual_loss=0.0, alignment_loss=0.0)
-    return Recipe([_stage("branches", config, 0.4, "branches", freeze=["fusion", "classifier"], **alone),
-                   _stage("fusion", config, 0.2, freeze=["audio", "visual"], **silent),
-                   _stage("end_to_end", config, 0.4, lr_branches=config.lr_branches / 2)])
+    """The same number of epochs in three stages: 40 % for the branches, 20 % for the fusion, 40 % end to end.
+
+    Raises `MmferError` for fewer than 3 epochs."""
+    if config.epochs < 3: raise MmferError(f"three stages cannot share {config.epochs} epochs: give them at least 3, or train in one stage")
+    one, two, three = _cut(config)
+    alone = replace(one, freeze=["fusion", "classifier"], audio_loss=1.0, visual_loss=1.0, alignment_loss=0.0, curriculum=1.0)
+    joint = replace(two, freeze=["audio", "visual"], audio_loss=0.0, visual_loss=0.0, alignment_loss=0.0)
+    gentle = replace(three, lr_branches=config.lr_branches / 2)
+    return Recipe([Stage("branches", alone, "branches"), Stage("fusion", joint), Stage("end_to_end", gentle)])
 
 # %% ../nbs/18_stages.ipynb #339f22e2
 THREE_STAGES = {preset: three_stages(config) for preset, config in RECIPES.items()}
@@ -74,16 +78,17 @@ def one_stage(
     "The plain training, everything from the start, as a recipe."
     return Recipe([Stage("end_to_end", config)])
 
-# %% ../nbs/18_stages.ipynb #86ebd786
+# %% ../nbs/18_stages.ipynb #f812b657
 def _fits(value, default):
     "Whether a value read from a file can stand where the default stands."
     return type(value) is type(default) or (type(value) is int and type(default) is float)
 
-
+# %% ../nbs/18_stages.ipynb #6422a56d
 def _config_problems(config):
-    "What is wrong with a config: values of another kind than the default, parts that don't exist, settings that can't be."
+    "What is wrong with a config: values of another kind than the default or out of range, parts that don't exist, settings that can't be."
     defaults = to_dict(TrainConfig())
     wrong = [f"config.{k} cannot be {v!r}" for k, v in to_dict(config).items() if not _fits(v, defaults[k])]
+    wrong = wrong or [f"config.{words}" for words in out_of_range(config)]
     if wrong: return wrong
     wrong = [f"config.freeze names {p!r}, which is not one of {', '.join(PARTS)}" for p in config.freeze if p not in PARTS]
     try: require_possible(config, difficulty=True)
@@ -121,20 +126,27 @@ def save_recipe(
 # %% ../nbs/18_stages.ipynb #a5466a55
 def _read_json(path): return json.loads(path.read_text(encoding="utf-8"))
 
-# %% ../nbs/18_stages.ipynb #a9f12c29
-def _read_stage(data, path):
-    missing = [key for key in ("name", "config") if key not in data]
-    if missing: raise MmferError(f"{path}{missing[0]} is missing: every stage has a name and a config")
-    return from_dict(Stage, data, path)
+# %% ../nbs/18_stages.ipynb #2ad911c4
+def _require_object(data, path):
+    if not isinstance(data, dict): raise MmferError(f"{path} is {data!r}: write it as an object, keys and values in braces")
 
-# %% ../nbs/18_stages.ipynb #704087ed
+# %% ../nbs/18_stages.ipynb #3c50897f
+def _read_stage(data, path):
+    _require_object(data, path)
+    missing = [key for key in ("name", "config") if key not in data]
+    if missing: raise MmferError(f"{path}.{missing[0]} is missing: every stage has a name and a config")
+    _require_object(data["config"], f"{path}.config")
+    return from_dict(Stage, data, f"{path}.")
+
+# %% ../nbs/18_stages.ipynb #0bf4fc03
 def load_recipe(
     path,          # a .json file as `save_recipe` writes it
 ) -> Recipe:
     "Read a recipe. Raises `MmferError` that names the file and the key that is wrong."
     try:
-        raw = from_dict(Recipe, _read_json(Path(path))).stages
-        return check_recipe(Recipe([_read_stage(stage, f"stages.{i}.") for i, stage in enumerate(raw)]))
+        raw = _read_json(Path(path))
+        _require_object(raw, "the recipe")
+        return check_recipe(Recipe([_read_stage(stage, f"stages.{i}") for i, stage in enumerate(from_dict(Recipe, raw).stages)]))
     except (OSError, TypeError, ValueError) as e: raise MmferError(f"{path} cannot be read as a recipe: {e}") from e
 
 # %% ../nbs/18_stages.ipynb #aaa34c6a
@@ -158,12 +170,12 @@ def join_votes(
     votes = torch.stack(votes).detach().float().log_softmax(-1)
     return (votes * present).sum(0) / present.sum(0)
 
-# %% ../nbs/18_stages.ipynb #6bcc8a93
+# %% ../nbs/18_stages.ipynb #9c6d7249
 def _let_branches_vote(model, inputs, out):
     logits = join_votes(out)
     return replace(out, logits=logits, probabilities=logits.softmax(-1))
 
-
+# %% ../nbs/18_stages.ipynb #c58d93c9
 @contextmanager
 def branches_vote(
     model,  # a `MultimodalFER`
@@ -221,10 +233,10 @@ def _begin(recipe, out, resume):
     if state.is_main_process and not (out / "recipe.json").exists(): save_recipe(recipe, out / "recipe.json")
     return history
 
-# %% ../nbs/18_stages.ipynb #442c974e
+# %% ../nbs/18_stages.ipynb #66958803
 def _voting(model, stage): return branches_vote(model) if stage.vote == "branches" else nullcontext()
 
-
+# %% ../nbs/18_stages.ipynb #6164ca3e
 def _order(model, before, stage, train_set, path):
     "How hard the clips are for the stage before, where the stage wants to know; measured once, the same on every process."
     if stage.config.curriculum == 1: return None

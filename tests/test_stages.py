@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -15,7 +17,7 @@ from mmfer.core import MmferError, seed_everything, to_dict
 from mmfer.model import FEROutput, MultimodalFER, preset_config
 from mmfer.stages import (THREE_STAGES, Recipe, Stage, branches_vote, difficulty, join_votes, load_recipe, one_stage, run_stages,
                           save_recipe, three_stages)
-from mmfer.trainer import RECIPES, Trainer
+from mmfer.trainer import RECIPES, TrainConfig, Trainer
 
 CONFIG = replace(RECIPES["tiny"], epochs=5, batch_size=2)  # 2, 1 and 2 epochs
 
@@ -168,9 +170,15 @@ def test_json_round_trip(tmp_path, recipe):
     assert load_recipe(tmp_path / "recipe.json") == recipe
 
 
-@pytest.mark.parametrize("preset", RECIPES)
-def test_three_stages_take_as_many_epochs_as_one(preset):
-    assert sum(s.config.epochs for s in THREE_STAGES[preset].stages) == RECIPES[preset].epochs
+@given(st.integers(3, 100))
+def test_three_stages_take_as_many_epochs_as_one(epochs):
+    each = [s.config.epochs for s in three_stages(TrainConfig(epochs=epochs)).stages]
+    assert sum(each) == epochs and min(each) >= 1 and abs(each[0] - each[2]) <= 1
+
+
+@pytest.mark.parametrize("epochs", [-1, 0, 1, 2])
+def test_three_stages_need_three_epochs(epochs):
+    with pytest.raises(MmferError, match=f"cannot share {epochs} epochs"): three_stages(TrainConfig(epochs=epochs))
 
 
 def spoil(path, value=None):
@@ -190,6 +198,11 @@ def spoil(path, value=None):
     ("stages.1.name", "branches", "stages.1.name 'branches' is taken"), ("stages.1.name", "../up", "is no plain word"),
     ("stages.1.vote", "mine", "vote 'mine'"), ("stages.0.config.curriculum", 0.5, "stages.0.config.curriculum"),
     ("stages.2.config.schedule", "step", "stages.2.config: schedule 'step'"), ("stages.1", {"config": {}}, "stages.1.name is missing"),
+    ("stages.0.config.epochs", 0, "stages.0.config.epochs cannot be 0"), ("stages.2.config.epochs", -3, "stages.2.config.epochs cannot be -3"),
+    ("stages.1.config.batch_size", 0, "stages.1.config.batch_size cannot be 0"),
+    ("stages.1.config.lr_fusion", -1.0, "stages.1.config.lr_fusion cannot be -1.0"),
+    ("stages.1.config.lr_fusion", float("nan"), "stages.1.config.lr_fusion cannot be nan"),
+    ("stages", [3], "stages.0 is 3: write it as an object"), ("stages.1", None, "stages.1 is None"), ("stages.1.config", 3, "stages.1.config is 3"),
     ("stages", [], "no stages"), ("stages", None, "recipe.json")])
 def test_a_wrong_key_is_named_by_its_path(tmp_path, path, value, message):
     file = tmp_path / "recipe.json"
@@ -200,8 +213,9 @@ def test_a_wrong_key_is_named_by_its_path(tmp_path, path, value, message):
 
 def test_a_recipe_that_is_no_json(tmp_path):
     (tmp_path / "recipe.json").write_text("{")
-    for name in ("recipe.json", "nothing.json"):
-        with pytest.raises(MmferError, match=name): load_recipe(tmp_path / name)
+    (tmp_path / "number.json").write_text("3")
+    for words in ("recipe.json", "nothing.json", "number.json .* the recipe is 3"):
+        with pytest.raises(MmferError, match=words): load_recipe(tmp_path / words.split()[0])
 
 
 def test_another_recipe_is_refused(unbroken):

@@ -16,7 +16,8 @@ from mmfer.datasets import ClipDataset, collate
 from mmfer.losses import class_weights
 from mmfer.model import MultimodalFER
 from mmfer.trainer import (
-    RECIPES, Trainer, TrainSet, augment_clip, clip_labels, mix_batch, parameter_groups, rate_at, rate_with_restarts, training_mode)
+    RECIPES, Trainer, TrainSet, augment_clip, clip_labels, mix_batch, parameter_groups, rate_at, rate_with_restarts, require_possible,
+    training_mode)
 
 RECIPE = replace(RECIPES["tiny"], epochs=2, batch_size=2, warmup_epochs=0.5)
 
@@ -305,6 +306,17 @@ def test_settings_that_cannot_be_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(MmferError, match="schedule 'spiral' is unknown: choose one of cosine"): run(tmp_path, schedule="spiral")
     with pytest.raises(MmferError, match="fp16 needs a GPU"): run(tmp_path, precision="fp16")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("epochs", 0), ("batch_size", 0), ("accumulation", -1), ("lr_branches", -1e-5), ("lr_classifier", math.inf), ("weight_decay", -0.1),
+    ("warmup_epochs", math.nan), ("max_grad_norm", -1.0), ("save_batches", -1)])
+def test_a_number_out_of_range_is_refused(name, value):
+    with pytest.raises(MmferError, match=f"^{name} cannot be {value}: give [01] or more$"): require_possible(replace(RECIPE, **{name: value}))
+
+
+def test_numbers_at_the_edge_are_taken():
+    require_possible(replace(RECIPE, epochs=1, batch_size=1, accumulation=1, lr_fusion=0.0, weight_decay=0.0, warmup_epochs=0.0))
 
 
 def test_two_trainers_in_one_process_keep_their_accumulation(tmp_path):
