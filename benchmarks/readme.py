@@ -28,7 +28,8 @@ def readme():
     scripts = [p for p in sorted(HERE.glob("*.py")) if p.stem not in SHARED]
     head = ("# Benchmarks\n\nOne script a question. Each writes its result with chip, versions and settings into `results/`, and this table is made from those files "
             "(`python benchmarks/readme.py --write`). What has not been measured says so.\n\n| question | answer | chip | command |\n| --- | --- | --- | --- |\n")
-    tail = ("\nComparisons of systems, also in `results/`: `compare_toy` and `compare_ravdess`, shown and explained in chapter 14.\n")
+    tail = ("\nAlso in `results/`: `compare_toy` and `compare_ravdess`, all systems on the same folds, explained in chapter 14; `audio_ravdess_speech`, sound alone "
+            "from scratch, of `mmfer cv ravdess_speech --system audio_only --preset tiny --folds hicmae --recipe benchmarks/audio_alone.json --out runs/audio`.\n")
     return head + "\n".join(row for s in scripts for row in rows(s)) + "\n" + tail
 
 
