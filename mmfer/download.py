@@ -30,10 +30,10 @@ from requests.adapters import HTTPAdapter
 from tqdm.auto import tqdm
 from urllib3.util import Retry
 
-# %% ../nbs/16_download.ipynb #05979adf
+# %% ../nbs/16_download.ipynb #01fac694
 from .core import MmferError, atomic_write
-from .datasets import RAVDESS_ACTORS
-from .prepare import prepare
+from .datasets import RAVDESS_ACTORS, clip_table, parse_name
+from .prepare import prepare, prepared_table, require_fit
 
 # %% ../nbs/16_download.ipynb #9ffa02e6
 RAVDESS_DOI = "doi:10.5281/zenodo.1188976"
@@ -64,7 +64,11 @@ def parse_actors(
 # %% ../nbs/16_download.ipynb #3b2fff0c
 def _size(path): return path.stat().st_size if path.exists() else 0
 
-# %% ../nbs/16_download.ipynb #e14977e2
+# %% ../nbs/16_download.ipynb #fa834a49
+def _other_part(url, part):
+    return MmferError(f"{url} sends another part than was asked for: delete {part} and start again, or use another mirror")
+
+# %% ../nbs/16_download.ipynb #4f5853cc
 def _stream(session, url, part, check, bar):
     "One request for what `part` still lacks."
     have = _size(part)
@@ -72,6 +76,7 @@ def _stream(session, url, part, check, bar):
         if have and answer.status_code == 416: return  # nothing is left to fetch
         answer.raise_for_status()
         if answer.status_code != 206: have = 0
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"): raise _other_part(url, part)
         bar.total = have + int(answer.headers.get("Content-Length", 0))
         bar.update(have - bar.n)
         check(bar.total)
@@ -147,13 +152,13 @@ def _ask_doi(source, doi):
     repository.populate_registry(source)
     source.urls = {name: repository.download_url(name) for name in source.registry}
 
-# %% ../nbs/16_download.ipynb #a6cfeab8
+# %% ../nbs/16_download.ipynb #57ef2ffe
 def _require_room(folder, n_bytes, name):
     "Raises `MmferError` when the disk has not `n_bytes` left."
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        raise MmferError(f"{folder} has {free / 1e6:.1f} MB free, and to fetch and unpack from {name} on "
-                         f"takes {n_bytes / 1e6:.1f} MB: make room or choose another disk")
+        raise MmferError(f"{folder} has {free / 1e6:.1f} MB free, but fetching and unpacking, starting with "
+                         f"{name}, needs {n_bytes / 1e6:.1f} MB: make room or choose another disk")
 
 # %% ../nbs/16_download.ipynb #0b8adfef
 def _require_checksum(part, wanted, name):
@@ -188,12 +193,19 @@ def fetch(
 MOST_MEMBERS = 1000  # RAVDESS has 120 an archive
 MOST_GROWTH = 3      # clips are compressed already and unpack to about their own size
 
-# %% ../nbs/16_download.ipynb #2b9c4030
+# %% ../nbs/16_download.ipynb #8f123f79
+def _is_clip_name(name):
+    "Whether a file name is one of RAVDESS; \"\" is the end of a folder's."
+    if not name: return True
+    try: return bool(parse_name(name))
+    except MmferError: return False
+
+# %% ../nbs/16_download.ipynb #d783ce28
 def _why_refused_name(name):
     "What is wrong with the name of a member; None when nothing is."
     folders = re.split(r"[/\\]", name)
     if not folders[0] or ":" in name or {".", ".."} & set(folders): return "has a name that leads out of its folder"
-    if not name.isprintable() or len(os.fsencode(folders[-1])) > 200: return "has a name that no clip has"
+    if not name.isprintable() or not _is_clip_name(folders[-1]): return "has a name that no clip has"
     return None
 
 # %% ../nbs/16_download.ipynb #049df08c
@@ -264,16 +276,17 @@ def _write_members(z, members, folder):
         os.replace(work, folder)
     finally: shutil.rmtree(work, ignore_errors=True)
 
-# %% ../nbs/16_download.ipynb #152726b5
+# %% ../nbs/16_download.ipynb #9d669ca8
 def unpack(
     archive,   # a zip of clips
-    folder,    # where its files go; must not be there yet
+    folder,    # where its files go; must not be there yet, or be empty
 ) -> Path:     # the folder
     """Unpack an archive that nobody vouches for: all of it or nothing, and nothing outside of `folder`.
 
     Raises `MmferError` that names archive and member for names that lead out, links, devices, encrypted,
     doubled or damaged members, and far more contents than clips can have."""
     archive, folder = Path(archive), Path(folder)
+    if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
     if folder.exists(): raise MmferError(f"{folder} is there already: remove it, or unpack {archive} elsewhere")
     with _open_zip(archive) as z:
         members = _check_members(archive, z.infolist())
@@ -282,19 +295,22 @@ def unpack(
         _write_members(z, members, folder)
     return folder
 
-# %% ../nbs/16_download.ipynb #3e45b3de
+# %% ../nbs/16_download.ipynb #97028ef3
 def _prepared_actors(prepared):
-    "The actors that are in a prepared set already. Raises `MmferError` when the list is damaged."
+    "{actor: names of the clips that came} of a prepared set. Raises `MmferError` when the list is damaged."
     path = Path(prepared) / "downloaded.json"
-    if not path.exists(): return []
-    try: return list(map(int, json.loads(path.read_text())["actors"]))
-    except (ValueError, KeyError, TypeError) as e:
+    if not path.exists(): return {}
+    try: return {int(a): list(clips) for a, clips in json.loads(path.read_text())["actors"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise MmferError(f"{path} is damaged: delete it, prepared clips will not be prepared again") from e
 
-# %% ../nbs/16_download.ipynb #7035cf86
+# %% ../nbs/16_download.ipynb #f9ead3ea
 def _is_done(folder, actor, prepared):
-    "Kept clips are whole when their folder is there; prepared ones are on a list."
-    return (folder / f"Actor_{actor:02}").is_dir() if prepared is None else actor in _prepared_actors(prepared)
+    "Kept clips are whole when their folder has any; of prepared ones, each that came must be in the set or known to be bad."
+    if prepared is None: return any((folder / f"Actor_{actor:02}").glob("*.mp4"))
+    came = _prepared_actors(prepared).get(actor, [])
+    there = {p.stem for p in Path(prepared).glob("clips/*.npz")} | set(_bad_clips(prepared)["clip"])
+    return bool(came) and there.issuperset(came)
 
 # %% ../nbs/16_download.ipynb #84b9e021
 def _unpack_or_drop(archive, folder):
@@ -304,14 +320,16 @@ def _unpack_or_drop(archive, folder):
         archive.unlink()
         raise
 
-# %% ../nbs/16_download.ipynb #4f24361f
+# %% ../nbs/16_download.ipynb #062ca0d4
 def _prepare_actor(archive, actor, prepared, **how):
     "Unpack for a moment, prepare, write down that it is done."
     clips = archive.with_name(f".Actor_{actor:02}")
     shutil.rmtree(clips, ignore_errors=True)  # of a run that was killed
-    try: prepare(_unpack_or_drop(archive, clips), prepared, **how)
+    try:
+        prepare(_unpack_or_drop(archive, clips), prepared, **how)
+        came = clip_table(clips)["clip"].tolist()
     finally: shutil.rmtree(clips, ignore_errors=True)
-    done = sorted({*_prepared_actors(prepared), actor})
+    done = _prepared_actors(prepared) | {actor: came}
     with atomic_write(Path(prepared) / "downloaded.json") as f: json.dump({"actors": done}, f)
 
 # %% ../nbs/16_download.ipynb #f3a2f784
@@ -337,13 +355,27 @@ def _claim(folder):
         raise MmferError(f"{e.filename or folder} can't be written ({e.strerror}): make room or choose another folder, "
                          "and run the same again; what is finished is kept") from e
 
+# %% ../nbs/16_download.ipynb #dc5a486c
+@contextmanager
+def _passing(archives):
+    "A folder of our own that archives pass through; it stays only while one is in it."
+    archives.mkdir(exist_ok=True)
+    try: yield archives
+    finally:
+        if not any(archives.iterdir()): archives.rmdir()
+
+# %% ../nbs/16_download.ipynb #d935f330
+def _state_licence(folder):
+    print(LICENCE)
+    with atomic_write(folder / "LICENCE.txt") as f: f.write(LICENCE + "\n")
+
 # %% ../nbs/16_download.ipynb #363c6475
 def _bad_clips(prepared):
     "The clips that could not be prepared: clip, path, reason."
     path = prepared and Path(prepared) / "bad.csv"
     return pd.read_csv(path) if path and path.exists() else pd.DataFrame(columns=["clip", "path", "reason"])
 
-# %% ../nbs/16_download.ipynb #01d816e7
+# %% ../nbs/16_download.ipynb #5db3232c
 def download(
     folder,                       # where archives pass through, and where clips stay that are not prepared
     actors=RAVDESS_ACTORS,        # which of RAVDESS' 24 actors
@@ -355,14 +387,16 @@ def download(
 ) -> pd.DataFrame:                # clips that could not be prepared: clip, path, reason
     """Bring RAVDESS' speech clips (Livingstone and Russo 2018) home, actor by actor; those that are there are skipped.
 
-    A call that broke off goes on with the same call. Raises `MmferError` as `fetch`, `unpack` and `prepare` do."""
+    A call that broke off goes on with the same call. Archives pass through a hidden folder `.archives`; yours are neither used nor deleted.
+    Raises `MmferError` as `fetch`, `unpack` and `prepare` do, and for other settings than the set has."""
     folder = Path(folder)
-    with _claim(folder):
+    if prepare_to is not None: require_fit(folder, prepare_to, **how)
+    with _claim(folder), _passing(folder / ".archives") as archives:
         todo = [a for a in actors if not _is_done(folder, a, prepare_to)]
-        for a in set(actors) - set(todo): (folder / archive_name(a)).unlink(missing_ok=True)  # where a run was killed before
+        for a in set(actors) - set(todo): (archives / archive_name(a)).unlink(missing_ok=True)  # where a run was killed before
         if todo:
-            source = open_source(folder, base_url, registry)
-            print(LICENCE)
-            with atomic_write(Path(prepare_to or folder) / "LICENCE.txt") as f: f.write(LICENCE + "\n")
+            source = open_source(archives, base_url, registry)
+            _state_licence(Path(prepare_to or folder))
             _bring(source, folder, todo, prepare_to, progress, how)
+    if prepare_to is not None: prepared_table(prepare_to)  # whole, with the actors of earlier calls
     return _bad_clips(prepare_to)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['JPEG_QUALITY', 'HOLDS', 'pack_pictures', 'unpack_pictures', 'pack_sound', 'unpack_sound', 'pack_faces', 'unpack_mask',
            'PrepareConfig', 'pack_clip', 'save_parts', 'load_parts', 'read_prepared', 'PreparedDataset',
-           'prepared_config', 'is_prepared', 'prepared_table', 'prepare', 'clips_of']
+           'prepared_config', 'is_prepared', 'prepared_table', 'require_fit', 'prepare', 'clips_of']
 
-# %% ../nbs/15_prepare.ipynb #3feb12f5
+# %% ../nbs/15_prepare.ipynb #b2879a30
+import errno
 import json
 import logging
 import multiprocessing
@@ -38,8 +39,8 @@ from .datasets import clip_row, clip_table, file_fingerprint, parse_name
 from .media import read_clip
 from .visual import YUNET, FaceTrack, crop_faces, grid_mask, load_yunet
 
-# %% ../nbs/15_prepare.ipynb #25813b4e
-JPEG_QUALITY = 95  # with full colour resolution: about one grey level of error
+# %% ../nbs/15_prepare.ipynb #446a5b2c
+JPEG_QUALITY = 95  # with full colour resolution: less than one grey level of error on a face
 
 # %% ../nbs/15_prepare.ipynb #303a1484
 def pack_pictures(
@@ -110,25 +111,41 @@ class PrepareConfig:
 # %% ../nbs/15_prepare.ipynb #12c03036
 HOLDS = {"01": ("audio", "video"), "02": ("video",), "03": ("audio",)}  # what each clip of a set has
 
-# %% ../nbs/15_prepare.ipynb #fc98c6dc
+# %% ../nbs/15_prepare.ipynb #f1f53544
+def _detector_for(data):
+    "Cartoons have no face that YuNet would know; `make_toy` leaves a truth.json beside them."
+    return "none" if (Path(data) / "truth.json").is_file() else YUNET
+
+# %% ../nbs/15_prepare.ipynb #96a64236
+@contextmanager
+def _quiet(library):
+    "Without the log of a library, which tells each of its tries; the error itself says it all."
+    log = logging.getLogger(library)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try: yield
+    finally: log.setLevel(level)
+
+# %% ../nbs/15_prepare.ipynb #e12051ba
 @cache
 def _detector(faces):
     "One detector a process. Raises `MmferError` when it can neither be found nor fetched."
     if faces == "none": return faces
-    try: return load_yunet(faces)
+    try:
+        with _quiet("huggingface_hub"): return load_yunet(faces)
     except OSError as e:
-        raise MmferError(f"the face detector {faces} could not be fetched ({str(e).splitlines()[0]}): "
-                         'connect to the network, pass the path of a YuNet .onnx file, or faces="none"') from e
+        raise MmferError(f"the face detector {faces} could not be fetched ({str(e).splitlines()[0]}): connect to the network, "
+                         'pass the path of a YuNet .onnx file, or faces="none" (on the command line --faces none)') from e
 
-# %% ../nbs/15_prepare.ipynb #13d33ce1
+# %% ../nbs/15_prepare.ipynb #60596976
 def pack_clip(
     path,                   # a media file
     config: PrepareConfig,  # what to keep
     faces=YUNET,            # the detector: "none", an .onnx file, or a hub id
 ) -> dict:                  # arrays by name
     "All that a prepared set keeps of one clip. Raises `MmferError` when a modality that belongs to the set is missing."
+    parts = dict(source=np.array(file_fingerprint(path)))
     clip = read_clip(path, n_frames=config.n_frames)
-    parts = dict(source_bytes=np.int64(Path(path).stat().st_size))
     problems = dict(audio=clip.audio_problem, video=clip.video_problem)
     wrong = [problems[m] for m in HOLDS[config.modality] if problems[m]]
     if wrong: raise MmferError(f"{path}: {wrong[0]}; mend the clip, or prepare the other modality alone")
@@ -250,7 +267,7 @@ def is_prepared(
     "Whether a folder is a prepared set, whole or half done."
     return (Path(folder) / "prepared.json").is_file()
 
-# %% ../nbs/15_prepare.ipynb #fb0116e3
+# %% ../nbs/15_prepare.ipynb #0b2f50a6
 def prepared_table(
     folder,             # a prepared set
 ) -> pd.DataFrame:      # columns as `clip_table` makes them; `path` leads to the prepared clip
@@ -259,16 +276,30 @@ def prepared_table(
     table, there = _read_csv(Path(folder) / "table.csv", ["clip"]), {p.stem for p in _files(folder)}
     lost = sorted(set(table["clip"]) - there)
     if lost: raise MmferError(f"{folder} has lost the clip {lost[0]}: prepare the clips into it again")
-    if len(there) > len(table): raise MmferError(f"{folder} is half done: prepare the clips into it again, what is finished is kept")
+    if there - set(table["clip"]): raise MmferError(f"{folder} is half done: prepare the clips into it again, what is finished is kept")
     return table.assign(path=[str(Path(folder) / p) for p in table["path"]])
 
-# %% ../nbs/15_prepare.ipynb #2ec21741
+# %% ../nbs/15_prepare.ipynb #f17d2fe5
+_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT}  # no clip's fault
+
+# %% ../nbs/15_prepare.ipynb #ae68a6c4
+def _require_machine(source, error):
+    "Raises `MmferError` when the machine is at fault, not the clip: no memory, no open file left, a disk that fails."
+    cause = error
+    while cause and getattr(cause, "errno", None) not in _MACHINE: cause = cause.__cause__
+    if cause is None and getattr(error, "code", None) != cv2.Error.STS_NO_MEM: return
+    why = cause.strerror if cause else "out of memory"
+    raise MmferError(f"{source} could not be prepared because this machine failed ({why}): see to it, use fewer workers, "
+                     "and start again; what is finished is kept") from error
+
+# %% ../nbs/15_prepare.ipynb #4c08e791
 def _prepare_clip(source, target, config, faces):
     "One clip, in a worker. Returns what is wrong with it, and what the user should know of it; \"\" when there is nothing."
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         try: parts = pack_clip(source, config, faces)
         except (MmferError, OSError, cv2.error) as e:
+            _require_machine(source, e)
             target.unlink(missing_ok=True)  # made from an earlier version of the clip
             return " ".join(str(e).split()), ""
     save_parts(target, parts)
@@ -314,52 +345,89 @@ def _in_turn(jobs, workers):
                 raise
     except BrokenProcessPool as e: raise _dead_worker(running.values()) from e
 
-# %% ../nbs/15_prepare.ipynb #e2660584
+# %% ../nbs/15_prepare.ipynb #3b763a6a
 def _dead_worker(jobs):
     names = " or ".join(str(source) for source, *_ in jobs)
-    return MmferError(f"a worker died while it prepared {names}: start again, what is finished is kept; "
-                      "if it dies again, use fewer workers (memory), or move that clip away")
+    return MmferError(f"a worker died while it prepared {names}: start again, what is finished is kept; if it dies again, use fewer "
+                      "workers (memory), move that clip away, or in a script call prepare below `if __name__ == \"__main__\":`, or with workers=0")
 
 # %% ../nbs/15_prepare.ipynb #378172ae
 def _results(jobs, workers):
     if workers: return _in_turn(iter(jobs), workers)
     return ((job, _prepare_clip(*job)) for job in jobs)
 
-# %% ../nbs/15_prepare.ipynb #39c9ae9f
+# %% ../nbs/15_prepare.ipynb #17d537ac
 def _is_done(source, target):
-    "Whether `target` was made from this file; one that is cut off, or made from a file of another length, is made anew."
-    try: return int(load_parts(target, "source_bytes")["source_bytes"]) == Path(source).stat().st_size
+    "Whether `target` was made from these bytes; one that is cut off, or made from another file, is made anew."
+    try: return str(load_parts(target, "source")["source"]) == file_fingerprint(source)
     except (MmferError, KeyError): return False
 
-# %% ../nbs/15_prepare.ipynb #ab695778
-def _open_set(folder, out, config):
-    "Begin a set, or go on with one of the same settings."
-    if out.resolve() == folder.resolve(): raise MmferError(f"{out} holds the clips themselves: choose another folder for the prepared set")
-    if is_prepared(out):
-        differs = [f"{k} {there}, not {asked}" for k, (there, asked) in diff_config(prepared_config(out), config).items()]
-        if differs: raise MmferError(f"{out} was prepared with {'; '.join(differs)}: ask for the same, or choose another folder")
-    else:
-        with _writing(out / "prepared.json") as f: json.dump(to_dict(config), f, indent=1)
+# %% ../nbs/15_prepare.ipynb #1f7ad7b0
+def _require_numbers(n_frames, size, workers):
+    "Raises `MmferError` for numbers that no preparation can have."
+    for name, value, least in (("n_frames", n_frames, 1), ("size", size, 1), ("workers", workers, 0)):
+        if type(value) is int and value >= least or value is workers is None: continue
+        raise MmferError(f"{name} {value!r} is not possible: give a whole number from {least} on")
+
+# %% ../nbs/15_prepare.ipynb #eb8e9fde
+def _is_empty(out):
+    "Whether no clip was ever finished in a set, so that its settings bind nobody."
+    return not _files(out) and not (Path(out) / "table.csv").is_file()
+
+# %% ../nbs/15_prepare.ipynb #02c1b2dd
+def require_fit(
+    folder,           # clips, as for `prepare`
+    out,              # the prepared set, which need not be there
+    n_frames=16, size=224, faces=None, workers=None, modality="01",  # as for `prepare`
+) -> PrepareConfig:   # the settings
+    "Ask whether `prepare` may be called so, before anything is done. Raises `MmferError` for other settings than the set has."
+    _require_numbers(n_frames, size, workers)
+    name = str(faces or _detector_for(folder))
+    config = PrepareConfig(n_frames, size, Path(name).name if name.endswith(".onnx") else name, modality)
+    if not is_prepared(out) or _is_empty(out): return config
+    differs = [f"{k} {there}, not {asked}" for k, (there, asked) in diff_config(prepared_config(out), config).items()]
+    if differs: raise MmferError(f"{out} was prepared with {'; '.join(differs)}: ask for the same, or choose another folder")
+    return config
+
+# %% ../nbs/15_prepare.ipynb #2fd395fe
+def _to_do(table, out, config, faces):
+    "The clips that have no file yet, or one of another source; what each worker needs to know."
+    jobs = [(s, out / "clips" / f"{c}.npz", config, faces) for s, c in zip(table["path"], table["clip"])]
+    return [job for job in jobs if not _is_done(*job[:2])]
+
+# %% ../nbs/15_prepare.ipynb #4a4b9a7b
+def _open_set(out, config):
+    "Begin a set, or go on with it."
+    if is_prepared(out) and not _is_empty(out): return
+    with _writing(out / "prepared.json") as f: json.dump(to_dict(config), f, indent=1)
 
 # %% ../nbs/15_prepare.ipynb #1077af86
 def _write_csv(table, path):
     with _writing(path) as f: table.to_csv(f, index=False)
 
-# %% ../nbs/15_prepare.ipynb #c50f87a9
+# %% ../nbs/15_prepare.ipynb #ca822ec2
 def _update_bad(out, clips, bad):
-    "Keep what earlier calls found in other clips, as in a corpus that comes actor by actor."
+    "Keep what earlier calls found in other clips, as in a corpus that comes actor by actor. Returns all bad clips."
     before = _read_csv(out / "bad.csv", bad.columns)
-    _write_csv(pd.concat([before[~before["clip"].isin(clips)], bad]).sort_values("clip"), out / "bad.csv")
+    both = pd.concat([before[~before["clip"].isin(clips)], bad]).sort_values("clip")
+    _write_csv(both, out / "bad.csv")
+    return set(both["clip"])
 
-# %% ../nbs/15_prepare.ipynb #0ff4092d
+# %% ../nbs/15_prepare.ipynb #ed2e6726
+def _write_table(out, clips):
+    paths = [Path("clips") / f"{clip}.npz" for clip in sorted(clips)]
+    _write_csv(pd.DataFrame([clip_row(p, parse_name(p)) for p in paths]), out / "table.csv")
+
+# %% ../nbs/15_prepare.ipynb #f956d874
 def _close_set(folder, out, clips, bad):
-    "Write the lists, the table last: it says that the set is whole."
-    _update_bad(out, clips, bad)
-    there = _files(out)
-    lost = sorted(set(clips) - {p.stem for p in there} - set(bad["clip"]))
+    "Write the lists, the table last: it says that the set is whole. A clip of an earlier call stays in it, lost or not."
+    known_bad, there = _update_bad(out, clips, bad), {p.stem for p in _files(out)}
+    lost = sorted(set(clips) - there - set(bad["clip"]))
     if lost: raise MmferError(f"{out} lost the clip {lost[0]} while it was prepared: start again, and let nothing else change that folder")
     if not there: raise MmferError(f"{folder}: none of {len(clips)} clips could be prepared, the first for this reason: {bad['reason'].iloc[0]}")
-    _write_csv(pd.DataFrame([clip_row(p.relative_to(out), parse_name(p)) for p in there]), out / "table.csv")
+    before = set(_read_csv(out / "table.csv", ["clip"])["clip"]) - known_bad
+    _write_table(out, there | before)
+    if before - there: _warn(f"{out} has lost the clip {min(before - there)}: prepare the folder that has this clip into it again")
 
 # %% ../nbs/15_prepare.ipynb #4bcbe0b6
 def _prepare_all(folder, jobs, results, total, progress):
@@ -376,13 +444,13 @@ def _prepare_all(folder, jobs, results, total, progress):
 # %% ../nbs/15_prepare.ipynb #53edbf74
 def _warn(sentence): logging.getLogger("mmfer").warning(sentence)
 
-# %% ../nbs/15_prepare.ipynb #b8e76594
+# %% ../nbs/15_prepare.ipynb #f06459ba
 def prepare(
     folder,                      # clips with RAVDESS names, in any layout
-    out,                         # the prepared set; half done, it is gone on with; more clips are added to it
+    out,                         # the prepared set; a half done set is continued; more clips are added to it
     n_frames: int = 16,          # pictures a clip
     size: int = 224,             # pixels a side of a face crop
-    faces=YUNET,                 # the detector: an .onnx file or a hub id; "none" keeps the middle square of the frame
+    faces=None,                  # the detector: an .onnx file or a hub id; "none" keeps the middle square of the frame; None: YuNet, and "none" for a toy corpus
     workers: int | None = None,  # processes; None: one a core, 0: this process
     modality: str = "01",        # "03" for sound-only clips
     progress: bool = True,       # show a bar
@@ -392,35 +460,30 @@ def prepare(
     The files depend on the clips and settings alone, not on `workers`. A broken-off preparation goes on with the same call.
     Raises `MmferError` for other settings than the set has, for a full disk, a dead worker, a folder that vanishes, or no good clip."""
     folder, out = Path(folder), Path(out)
-    config = PrepareConfig(n_frames, size, Path(faces).name if str(faces).endswith(".onnx") else str(faces), modality)
+    if out.resolve() == folder.resolve(): raise MmferError(f"{out} holds the clips themselves: choose another folder for the prepared set")
+    config, faces = require_fit(folder, out, n_frames, size, faces, workers, modality), str(faces or _detector_for(folder))
     table = clip_table(folder, modality=modality)
-    _open_set(folder, out, config)
-    jobs = [(s, out / "clips" / f"{c}.npz", config, str(faces)) for s, c in zip(table["path"], table["clip"])]
-    jobs = [job for job in jobs if not _is_done(*job[:2])]
-    if jobs and modality != "03": _detector(str(faces))  # a missing detector is told before any worker starts
+    jobs = _to_do(table, out, config, faces)
+    if jobs and modality != "03": _detector(faces)  # a missing detector is told before anything is written
+    _open_set(out, config)
     workers = min(len(jobs), os.cpu_count() if workers is None else workers)
     bad, notes = _prepare_all(folder, jobs, _results(jobs, workers), len(table), progress)
     _close_set(folder, out, list(table["clip"]), bad)
     if notes: _warn(f"{len(notes)} clips show several faces or lose theirs for a while, such as {notes[0]}")
     return bad
 
-# %% ../nbs/15_prepare.ipynb #f1f53544
-def _detector_for(data):
-    "Cartoons have no face that YuNet would know; `make_toy` leaves a truth.json beside them."
-    return "none" if (Path(data) / "truth.json").is_file() else YUNET
-
-# %% ../nbs/15_prepare.ipynb #20d3fe54
+# %% ../nbs/15_prepare.ipynb #05a211ce
 def _prepared_anew(data, work, faces, modality, **how):
     "Prepare a folder of clips, and give the table of exactly its clips."
-    bad = prepare(data, work, faces=faces or _detector_for(data), modality=modality, **how)
+    bad = prepare(data, work, faces=faces, modality=modality, **how)
     if len(bad): _warn(f"{len(bad)} clips are left out, see {Path(work) / 'bad.csv'}; the first: {bad['reason'][0]}")
     table, clips = prepared_table(work), clip_table(data, modality=modality)["clip"]
     return table[table["clip"].isin(clips)].reset_index(drop=True)
 
-# %% ../nbs/15_prepare.ipynb #5ccce32d
+# %% ../nbs/15_prepare.ipynb #227a8cce
 def clips_of(
     data,                   # a prepared set, or a folder of clips
-    work,                   # where a folder of clips is prepared; half done, it is gone on with
+    work,                   # where a folder of clips is prepared; a half done set is continued
     size: int,              # pixels a side that the model wants; those of a prepared set are resized
     grid: int,              # patches along one side that the model has
     faces=None,             # the detector for a folder of clips; None: YuNet, and "none" for a toy corpus

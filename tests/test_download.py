@@ -25,7 +25,7 @@ from mmfer.download import LICENCE, TRIES, archive_name, download, fetch, open_s
 from mmfer.prepare import prepared_table
 from mmfer.toy import make_toy
 
-CLIP = "01-01-01-01-01-01-01.mp4"
+CLIP, OTHER = "01-01-01-01-01-01-01.mp4", "01-01-02-01-01-01-01.mp4"
 HOW = dict(faces="none", size=64, workers=0, progress=False)
 
 
@@ -191,7 +191,7 @@ def test_a_lie_about_the_checksum_leaves_nothing(site, tmp_path, mirror):
 def test_room_is_asked_for_before_the_first_byte(site, tmp_path, mirror, archives, monkeypatch):
     size = len(archives[archive_name(1)])
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size - 1))
-    with pytest.raises(MmferError, match=f"MB free, and to fetch and unpack from {archive_name(1)} on takes"):
+    with pytest.raises(MmferError, match=f"MB free, but fetching and unpacking, starting with {archive_name(1)}, needs"):
         download(tmp_path / "raw", [1], tmp_path / "set", **mirror, **HOW)
     assert left(tmp_path / "raw") == []
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size))
@@ -206,7 +206,7 @@ def test_a_full_disk_is_one_sentence(site, tmp_path, mirror, monkeypatch, to):
     with monkeypatch.context() as m, pytest.raises(MmferError, match=r"raw can't be written \(No space left on device\): make room"):
         m.setattr("shutil.copyfileobj", full)
         download(tmp_path / "raw", [1], to and tmp_path / to, **mirror, **HOW)
-    assert left(tmp_path / "raw") == [*["LICENCE.txt"] * (not to), archive_name(1)]
+    assert left(tmp_path / "raw") == [".archives", *["LICENCE.txt"] * (not to)] and left(tmp_path / "raw" / ".archives") == [archive_name(1)]
     download(tmp_path / "raw", [1], to and tmp_path / to, **mirror, **HOW)
     assert site.log == [(archive_name(1), 0)]
 
@@ -232,7 +232,7 @@ def test_clips_are_kept_as_they_are(site, tmp_path, mirror, archives, capsys):
 def test_actors_are_prepared_one_by_one(site, tmp_path, mirror, monkeypatch):
     seen, real = [], mmfer.download.prepare
     def spy(folder, *args, **kwargs):
-        seen.append(left(tmp_path / "raw"))
+        seen.append(left(tmp_path / "raw" / ".archives"))
         return real(folder, *args, **kwargs)
     monkeypatch.setattr(mmfer.download, "prepare", spy)
     download(tmp_path / "raw", [1, 2], tmp_path / "set", **mirror, **HOW)
@@ -257,6 +257,51 @@ def test_a_bad_clip_is_listed_and_the_rest_goes_on(site, tmp_path, archives):
     site.log.clear()
     pd.testing.assert_frame_equal(download(tmp_path / "raw", [1, 2], tmp_path / "set", **how), bad)
     assert not site.log
+
+
+def test_a_lost_clip_is_fetched_again(site, tmp_path, mirror):
+    how = mirror | HOW
+    download(tmp_path / "raw", [1, 2], tmp_path / "set", **how)
+    whole = prepared_table(tmp_path / "set")
+    for row in (3, 12): os.unlink(whole["path"][row])  # one of each actor
+    site.log.clear()
+    with pytest.raises(MmferError, match="has lost the clip"): download(tmp_path / "raw", [2, 3], tmp_path / "set", **how)
+    assert site.log == [(archive_name(2), 0), (archive_name(3), 0)]
+    download(tmp_path / "raw", [1, 2, 3], tmp_path / "set", **how)
+    assert site.log[2:] == [(archive_name(1), 0)] and len(prepared_table(tmp_path / "set")) == 24
+
+
+@pytest.mark.parametrize("change, words", [(dict(size=96), "size 64, not 96"), (dict(faces=None), "faces none, not opencv"), (dict(size=0), "size 0 is not possible")])
+def test_other_settings_are_refused_before_anything_is_fetched(site, tmp_path, mirror, change, words):
+    download(tmp_path / "raw", [1], tmp_path / "set", **mirror, **HOW)
+    site.log.clear()
+    for actors in ([1], [1, 2]):
+        with pytest.raises(MmferError, match=words): download(tmp_path / "raw", actors, tmp_path / "set", **mirror | HOW | change)
+    assert not site.log
+
+
+@pytest.mark.parametrize("to", [None, "set"])
+def test_archives_of_the_user_stay(site, tmp_path, mirror, archives, to):
+    (tmp_path / "raw").mkdir()
+    mine = tmp_path / "raw" / archive_name(1)
+    mine.write_bytes(archives[mine.name])
+    for _ in range(2): download(tmp_path / "raw", [1], to and tmp_path / to, **mirror, **HOW)
+    assert mine.read_bytes() == archives[mine.name] and not (tmp_path / "raw" / ".archives").exists()
+
+
+def test_an_empty_folder_of_an_actor_is_not_done(site, tmp_path, mirror):
+    (tmp_path / "raw" / "Actor_01").mkdir(parents=True)
+    download(tmp_path / "raw", [1], **mirror, progress=False)
+    assert len(clip_table(tmp_path / "raw")) == 8
+
+
+def test_a_server_that_sends_another_part_is_told(site, tmp_path, monkeypatch):
+    reply = Site.reply
+    monkeypatch.setattr(Site, "reply", lambda self, code, body, more={}, sent=None: reply(self, code, body, more and {"Content-Range": "bytes 5-9/10"}, sent))
+    site.files["x.zip"], part = DATA, tmp_path / "x.part"
+    part.write_bytes(DATA[:100])
+    with pytest.raises(MmferError, match="sends another part than was asked for"): resume_download(site.url + "x.zip", part, progress=False)
+    assert part.read_bytes() == DATA[:100]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -330,7 +375,7 @@ def clip_names(archive):
 
 
 def member(name, mode=None, **fields):
-    info = zipfile.ZipInfo("x")
+    info = zipfile.ZipInfo(CLIP)
     info.filename = name
     if mode is not None: info.external_attr = (mode | 0o644) << 16
     for k, v in fields.items(): setattr(info, k, v)
@@ -350,29 +395,30 @@ def patched(path, offset, old, new):
 def hostile(kind, path):
     "One bad archive of each kind; the harmless clip comes first, where it could be written before the bad one is seen."
     names = dict(up=f"../{CLIP}", deep_up=f"a/../../{CLIP}", absolute=f"/tmp/{CLIP}", drive=f"C:{CLIP}", backslash=f"..\\{CLIP}",
-                 dot=".", newline="a\nb.mp4", long="x" * 250 + ".mp4")
+                 dot=".", newline=f"a\n/{CLIP}", long=f"{CLIP[:-4]}{'x' * 250}.mp4",
+                 device_name="a/CON", dotted="x .", blank=" ", program="run.sh")
     kinds = dict(link=stat.S_IFLNK, device=stat.S_IFCHR, disk=stat.S_IFBLK, pipe=stat.S_IFIFO, socket=stat.S_IFSOCK)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
-        if kind != "lie": z.writestr("ok.mp4", b"harmless")
+        if kind != "lie": z.writestr(OTHER, b"harmless")
         if kind in names: z.writestr(member(names[kind]), b"x")
-        if kind in kinds: z.writestr(member("x.mp4", kinds[kind]), b"/etc/passwd")
-        if kind == "bomb": z.writestr("x.mp4", bytes(10**7))
+        if kind in kinds: z.writestr(member(CLIP, kinds[kind]), b"/etc/passwd")
+        if kind == "bomb": z.writestr(CLIP, bytes(10**7))
         if kind == "flock": [z.writestr(f"{i}.mp4", b"") for i in range(1001)]
-        if kind == "twice": z.writestr("a/x.mp4", b"1"), z.writestr("b/X.mp4", b"2")
-        if kind == "bzip2": z.writestr("x.mp4", b"x" * 100, zipfile.ZIP_BZIP2)
-        if kind == "lie": z.writestr("x.mp4", bytes(100_000))
+        if kind == "twice": z.writestr(f"a/{CLIP}", b"1"), z.writestr(f"b/{CLIP[:-4]}.MP4", b"2")
+        if kind == "bzip2": z.writestr(CLIP, b"x" * 100, zipfile.ZIP_BZIP2)
+        if kind == "lie": z.writestr(CLIP, bytes(100_000))
     if kind == "nul":
-        with zipfile.ZipFile(path, "a") as z: z.writestr("x.mp4_.txt", b"x")
-        path.write_bytes(path.read_bytes().replace(b"x.mp4_.txt", b"x.mp4\0.txt"))
-    if kind == "encrypted": patched(path, 6, b"ok.mp4", struct.pack("<H", 1))
-    if kind == "lie": patched(path, 22, b"x.mp4", struct.pack("<I", 20))  # says 20 bytes, holds 100 000
+        with zipfile.ZipFile(path, "a") as z: z.writestr(f"{CLIP}_.txt", b"x")
+        path.write_bytes(path.read_bytes().replace(f"{CLIP}_.txt".encode(), f"{CLIP}\0.txt".encode()))
+    if kind == "encrypted": patched(path, 6, OTHER.encode(), struct.pack("<H", 1))
+    if kind == "lie": patched(path, 22, CLIP.encode(), struct.pack("<I", 20))  # says 20 bytes, holds 100 000
     return path
 
 
 HOSTILE = {"up": "leads out", "deep_up": "leads out", "absolute": "leads out", "drive": "leads out", "backslash": "leads out", "dot": "leads out",
-           "newline": "no clip has", "long": "no clip has", "nul": "no clip has", "link": "link or a device", "device": "link or a device",
+           "newline": "no clip has", "long": "no clip has", "nul": "no clip has", "device_name": "no clip has", "dotted": "no clip has", "blank": "no clip has", "program": "no clip has", "link": "link or a device", "device": "link or a device",
            "disk": "link or a device", "pipe": "link or a device", "socket": "link or a device", "bomb": "far more than clips allow", "flock": "at most 1000",
-           "twice": "'x.mp4' is there twice", "bzip2": "unusual way", "encrypted": "is encrypted", "lie": "damaged at member 'x.mp4'"}
+           "twice": f"{CLIP!r} is there twice", "bzip2": "unusual way", "encrypted": "is encrypted", "lie": f"damaged at member {CLIP!r}"}
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -398,24 +444,25 @@ def test_a_hostile_archive_from_a_server_is_not_kept(site, tmp_path):
 
 def test_both_names_of_a_member_are_looked_at():
     "Newer versions of Python take a second name from an extra field, and leave the first as it was."
-    info = member("../x.mp4")
-    assert info.orig_filename == "x" and "leads out" in mmfer.download._why_refused(info)
-    assert mmfer.download._why_refused(member("x.mp4")) is None
+    info = member(f"../{CLIP}")
+    assert info.orig_filename == CLIP and "leads out" in mmfer.download._why_refused(info)
+    assert mmfer.download._why_refused(member(CLIP)) is None
 
 
 def test_unpack_does_not_touch_what_is_there(tmp_path):
     (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "mine.txt").touch()
     with pytest.raises(MmferError, match="clips is there already"): unpack(hostile("none", tmp_path / "a.zip"), tmp_path / "clips")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"): pass
     with pytest.raises(MmferError, match="holds no file"): unpack(tmp_path / "empty.zip", tmp_path / "new")
-    assert left(tmp_path) == ["a.zip", "clips", "empty.zip"]
+    assert left(tmp_path) == ["a.zip", "clips", "empty.zip"] and left(tmp_path / "clips") == ["mine.txt"]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_archive_is_whole_or_refused(tmp_path, data):
     "Any three bytes changed, or any end cut off: the contents are right, or one sentence says that they are not."
-    good = {"a.mp4": b"first clip" * 30, "Actor_01/b.mp4": bytes(range(256))}
+    good = {CLIP: b"first clip" * 30, f"Actor_01/{OTHER}": bytes(range(256))}
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
         for name, contents in good.items(): z.writestr(name, contents)

@@ -1,4 +1,5 @@
 """A prepared set: what it keeps, that nothing changes it, and every way in which a preparation can break off."""
+import errno
 import hashlib
 import json
 import logging
@@ -281,6 +282,50 @@ def test_other_settings_are_refused(toy, copy, change, words):
     assert digests(copy) == before
 
 
+def test_settings_bind_nobody_before_the_first_clip(toy, tmp_path, monkeypatch):
+    def offline(source): raise OSError("no route to host")
+    monkeypatch.setattr(P, "load_yunet", offline)
+    P._detector.cache_clear()
+    with pytest.raises(MmferError) as e: prepare(toy, tmp_path / "out", **HOW | dict(faces=visual.YUNET))
+    one_sentence(e, "no route to host", "--faces none")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "prepared.json").write_text(json.dumps(P.to_dict(P.PrepareConfig(faces="other"))))  # of a run that ended here
+    assert prepare(toy, tmp_path / "out", **HOW).empty and P.prepared_config(tmp_path / "out").faces == "none"
+
+
+def test_a_toy_corpus_needs_no_detector(toy, whole, tmp_path):
+    prepare(toy, tmp_path / "out", **HOW | dict(faces=None))
+    assert digests(tmp_path / "out") == digests(whole)
+
+
+@pytest.mark.parametrize("wrong", [dict(n_frames=0), dict(size=0), dict(n_frames=-3), dict(size=64.0), dict(n_frames="16"), dict(size=True), dict(workers=-1)])
+def test_impossible_numbers_are_refused_before_anything_is_written(toy, tmp_path, wrong):
+    with pytest.raises(MmferError) as e: prepare(toy, tmp_path / "out", **HOW | wrong)
+    one_sentence(e, *wrong, "is not possible")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lost_clip_of_another_actor_is_never_forgotten(toy, whole, tmp_path, caplog):
+    out = tmp_path / "out"
+    prepare(toy / "Actor_01", out, **HOW)
+    lost = clips_are(out)[2]
+    (out / "clips" / f"{lost}.npz").unlink()
+    prepare(toy / "Actor_02", out, **HOW)
+    assert f"has lost the clip {lost}" in caplog.text
+    with pytest.raises(MmferError) as e: prepared_table(out)
+    one_sentence(e, out, "has lost the clip", lost)
+    prepare(toy / "Actor_01", out, **HOW)
+    assert digests(out) == digests(whole)
+
+
+def test_a_changed_clip_of_the_same_length_is_done_anew(corpus, copy):
+    path = Path(clip_table(corpus)["path"][4])
+    before = path.stat().st_size
+    path.write_bytes(bytes(before))
+    assert prepare(corpus, copy, **HOW)["clip"].tolist() == [path.stem] and path.stat().st_size == before
+
+
 # ---- killed ----
 LARGE = HOW | dict(n_frames=16, size=512)  # slow enough to be met in the middle
 
@@ -381,6 +426,24 @@ def test_a_full_disk_is_one_sentence(toy, whole, tmp_path):
     assert digests(out) == digests(whole)
 
 
+@pytest.mark.parametrize("fault", [OSError(code, os.strerror(code)) for code in (errno.EMFILE, errno.EIO, errno.ENOMEM, errno.ENOSPC)] + ["memory", "inside"])
+def test_a_failing_machine_is_no_clips_fault(toy, whole, tmp_path, monkeypatch, fault):
+    def fails():
+        if fault == "memory":
+            error = cv2.error("Insufficient memory")
+            error.code = cv2.Error.STS_NO_MEM
+            raise error
+        if fault == "inside": raise MmferError("x cannot be read") from OSError(errno.EMFILE, "Too many open files")
+        raise fault
+    out = tmp_path / "out"
+    with monkeypatch.context() as m, pytest.raises(MmferError) as e:
+        at_clip(m, 3, fails)
+        prepare(toy, out, **HOW)
+    one_sentence(e, "this machine failed", "what is finished is kept")
+    assert len(clips_are(out)) == 3 and not (out / "bad.csv").exists()
+    assert prepare(toy, out, **HOW).empty and digests(out) == digests(whole)
+
+
 def at_clip(monkeypatch, k, action):
     "Do something when the k-th clip comes up."
     count, pack = iter(range(99)), P.pack_clip
@@ -401,7 +464,7 @@ def test_a_clip_that_vanishes_is_bad(corpus, tmp_path, monkeypatch):
     last = Path(clip_table(corpus)["path"].iloc[-1])
     at_clip(monkeypatch, 3, last.unlink)
     bad = prepare(corpus, tmp_path / "out", **HOW)
-    assert bad["clip"].tolist() == [last.stem] and "does not exist" in bad["reason"][0]
+    assert bad["clip"].tolist() == [last.stem] and "No such file" in bad["reason"][0]
 
 
 def test_a_set_that_vanishes_is_never_called_whole(toy, tmp_path, monkeypatch):
