@@ -233,7 +233,7 @@ class Evaluate:
         parts = _split(table, self.seed)
         _judge(model, parts, {name: dataset(rows) for name, rows in parts.items()}, self.out)
 
-# %% ../nbs/90_cli.ipynb #f65c2bcc
+# %% ../nbs/90_cli.ipynb #4b9fac73
 @dataclass(kw_only=True)
 class Cv(Training):
     "Train one system on every fold, each test actor unseen by the model that judges them, and write cv.csv and a report on all folds."
@@ -242,18 +242,19 @@ class Cv(Training):
     def run(self):
         PartialState(cpu=not torch.cuda.is_available())
         _require_free(self, self.out / "fold_1")
-        table, _ = _open(self.data, _build(self)[0], self.out, self.faces)
+        first, _ = _build(self)
+        table, dataset = _open(self.data, first, self.out, self.faces)
         splits = make_splits(table.actor, self.folds, self.seed)
-        folds = {k: self._fold(k, split_table(table, split)) for k, split in enumerate(splits, 1)}
+        folds = {k: self._fold(k, first.config.faces, split_table(table, split), dataset) for k, split in enumerate(splits, 1)}
         if not PartialState().is_main_process: return
         results = pd.concat([results.assign(fold=k) for k, results in folds.items()])
         save_report(results, self.out / "report")
         with atomic_write(self.out / "cv.csv") as f: fold_table(results).to_csv(f)
         print(fold_table(results).to_string())
 
-    def _fold(self, k, parts):
+    def _fold(self, k, faces, parts, dataset):
         model, preset = _build(self)
-        _, dataset = _open(self.data, model, self.out, self.faces)
+        model.config.faces = faces
         return _fit(self, model, preset, parts, dataset, self.out / f"fold_{k}")
 
 # %% ../nbs/90_cli.ipynb #baccda11
