@@ -9,17 +9,19 @@ PRESET ?= tiny
 SEED ?= 0
 ACTORS ?= 10
 CORPUS := $(if $(DATA),$(abspath $(DATA)),$(CURDIR)/data/toy)
-NAME ?= $(notdir $(CORPUS))-$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+NAME ?= $(patsubst %.csv,%,$(notdir $(CORPUS)))-$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 RUN := $(CURDIR)/runs/$(NAME)
 
 .PHONY: help train test lab docs readme clean
 
 help:
-	@echo "make train                      train on a toy corpus that is made first; results in runs/toy-tiny"
-	@echo "make train DATA=dir PRESET=name train on clips with RAVDESS names; results in runs/<dir>-<name>"
-	@echo "make test                       check notebooks, library, README and command line"
-	@echo "make lab                        open the chapters in JupyterLab"
-	@echo "make docs                       build the site into site/"
+	@echo "make train              train on a toy corpus that is made first; results in runs/toy-tiny"
+	@echo "make train DATA=data PRESET=tiny"
+	@echo "                        train on a folder of clips with RAVDESS names, a CSV file that lists clips,"
+	@echo "                        or a prepared set; results in runs/<data>-<preset>"
+	@echo "make test               check notebooks, library, README and command line"
+	@echo "make lab                open the chapters in JupyterLab"
+	@echo "make docs               build the site into site/"
 
 $(READY): settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +31,8 @@ $(READY): settings.ini setup.py constraints.txt
 train: $(READY)
 	$(if $(DATA),,$(BIN)/mmfer toy $(CORPUS) --actors $(ACTORS) --seed 0)
 	mkdir -p $(RUN)
-	cd nbs && TQDM_MININTERVAL=5 ../$(BIN)/papermill 13_capstone.ipynb $(RUN)/capstone.ipynb --log-output --log-level WARNING --no-progress-bar \
+	cd nbs && TQDM_MININTERVAL=5 ../$(BIN)/papermill 18_capstone.ipynb $(RUN)/capstone.ipynb \
+	  --log-output --log-level WARNING --no-progress-bar \
 	  -p data $(CORPUS) -p out $(RUN) -p preset $(PRESET) -p seed $(SEED)
 	@$(BIN)/mmfer info $(RUN)
 
@@ -43,7 +46,7 @@ readme: $(READY)
 	$(BIN)/python tests/readme.py --write
 
 docs: $(READY)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf runs data site .pytest_cache .hypothesis

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from mmfer.core import EMOTIONS, MmferError, atomic_write
+from mmfer.core import MmferError, atomic_write, require
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,12 +20,14 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def machine():
     "The chip and the versions that a figure belongs to."
     chip = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name()
-    return dict(chip=chip, threads=torch.get_num_threads(), torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version())
+    return dict(chip=chip, threads=torch.get_num_threads(), torch=torch.__version__,
+                transformers=transformers.__version__, python=platform.python_version())
 
 
 def cpu_name():
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
@@ -46,7 +48,7 @@ def wait_for_device():
     if DEVICE == "cuda": torch.cuda.synchronize()
 
 
-def seconds_a_call(f, calls, warmup=2):
+def seconds_per_call(f, calls, warmup=2):
     "Mean wall time of a call, after a few that are not counted."
     for _ in range(warmup): f()
     wait_for_device()
@@ -58,10 +60,11 @@ def seconds_a_call(f, calls, warmup=2):
 
 def synthetic_batch(model, clips, frames=16, seconds=3.0):
     "Random clips of the shape that a model takes, and their labels, on the device."
-    g, size = torch.Generator().manual_seed(0), model.config.visual.image_size
+    g = torch.Generator().manual_seed(0)
+    size = model.config.visual.image_size
     audio = 0.1 * torch.randn(clips, int(16_000 * seconds), generator=g)
     video = torch.randint(0, 256, (clips, frames, 3, size, size), dtype=torch.uint8, generator=g)
-    labels = torch.randint(len(EMOTIONS), (clips,), generator=g)
+    labels = torch.randint(len(model.config.emotions), (clips,), generator=g)
     return dict(audio=audio.to(DEVICE), video=video.to(DEVICE)), labels.to(DEVICE)
 
 
@@ -75,7 +78,7 @@ def training_step(model, loss, batch, labels, precision):
 
     def step():
         with autocast(precision): total = loss(model(**batch), labels)["total"]
-        if not torch.isfinite(total): raise MmferError(f"the loss became {total.item()}: these figures would mean nothing")
+        require(torch.isfinite(total), f"the loss became {total.item()}: these figures would mean nothing")
         total.backward()
         optimizer.step()
         optimizer.zero_grad()

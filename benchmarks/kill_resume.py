@@ -2,8 +2,9 @@
 
     python benchmarks/kill_resume.py [--kills 20] [--seed 0]
 
-Kills a small training at random batches: before a batch, after its weight update, or halfway through writing a checkpoint; resumes it in
-a process that began with other weights, and compares weights and history bit by bit. Runs on a CPU in minutes.
+Kills a small training at random batches: before a batch, after its weight update, or halfway through
+writing a checkpoint; resumes it in a process that began with other weights, and compares bit by bit.
+Runs on a CPU in minutes.
 Writes benchmarks/results/kill_resume.json with chip, versions and command.
 """
 import hashlib
@@ -21,14 +22,15 @@ import accelerate
 import torch
 from common import run, save
 
-from mmfer import trainer as trainer_module
-from mmfer.core import MmferError, seed_everything
+from mmfer.core import require, seed_everything
+from mmfer.corpus import RAVDESS_EMOTIONS
 from mmfer.model import MultimodalFER, preset_config
-from mmfer.trainer import RECIPES, Checkpoints, Trainer
+from mmfer.runs import Checkpoints
+from mmfer.trainer import RECIPES, Trainer
 
 BATCHES = 15  # three epochs of nine clips, two a batch
-RECIPE = replace(RECIPES["tiny"], epochs=3, batch_size=2, accumulation=2, warmup_epochs=0.5, schedule="restarts", save_batches=1,
-                 mixup=0.4, augment=True, class_weights=True)
+RECIPE = replace(RECIPES["tiny"], epochs=3, batch_size=2, accumulation=2, warmup_epochs=0.5,
+                 schedule="restarts", save_batches=1, mixup=0.4, augment=True, class_weights=True)
 MOMENTS = ("before the batch", "after the batch", "while a checkpoint is written")
 
 
@@ -43,8 +45,12 @@ class Clips(torch.utils.data.Dataset):
     "Made-up clips."
     def __init__(self, n):
         g = torch.Generator().manual_seed(0)
-        self.items = [dict(audio=0.1 * torch.randn(8_000, generator=g), label=i % 8, clip=f"clip-{i}",
-                           video=torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=g)) for i in range(n)]
+        self.items = [self.made_up(i, g) for i in range(n)]
+
+    def made_up(self, i, g):
+        audio = 0.1 * torch.randn(8_000, generator=g)
+        video = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=g)
+        return dict(audio=audio, label=i % 8, clip=f"clip-{i}", video=video)
 
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return dict(self.items[i])
@@ -55,37 +61,40 @@ def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 class Watched(Trainer):
     "Can be killed at a batch."
-    batch, kill_at, moment = 0, None, ""
+    seen = 0        # batches so far
+    kill_at = None  # number of the batch
+    moment = ""     # one of `MOMENTS`
 
-    def _train_step(self, batch):
-        self.batch += 1
-        if self.batch == self.kill_at and self.moment == MOMENTS[0]: die()
-        return super()._train_step(batch)
+    def train_step(self, batch):
+        self.seen += 1
+        if self.seen == self.kill_at and self.moment == MOMENTS[0]: die()
+        return super().train_step(batch)
 
-    def _checkpoint(self, *args, **kwargs):
-        if self.kill_at and self.batch >= self.kill_at: self._die_saving()
-        super()._checkpoint(*args, **kwargs)
+    def checkpoint(self, keep=False):
+        if self.kill_at and self.seen >= self.kill_at: self.die_saving()
+        super().checkpoint(keep)
 
-    def _die_saving(self):
+    def die_saving(self):
         if self.moment == MOMENTS[1]: die()
 
         def half(state, file):
             file.write(os.urandom(100_000))
             file.flush()
             die()
-        trainer_module.torch.save = half
+        torch.save = half
 
 
 def train(out, resume=False, kill_at=None, moment=""):
     "Train, and return what must be equal: a digest of all weights, and the history without its seconds."
     seed_everything(99 if resume else 0)
-    config = preset_config("tiny")
+    config = preset_config("tiny", RAVDESS_EMOTIONS)
     config.modality_dropout = 0.5
     made = Watched(MultimodalFER(config), RECIPE, Clips(9), Clips(3), out, resume=resume)
-    made.kill_at, made.moment = kill_at, moment
+    made.kill_at = kill_at
+    made.moment = moment
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "data_wait")} for row in made.fit()]
-    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in made.objective.state_dict().values())).hexdigest()
-    return dict(weights=digest, history=rows)
+    weights = b"".join(v.numpy().tobytes() for v in made.objective.state_dict().values())
+    return dict(weights=hashlib.sha256(weights).hexdigest(), history=rows)
 
 
 def in_child(folder, *args):
@@ -104,26 +113,30 @@ def kill_once(batch, moment, whole):
     "One training killed and resumed: where, resumed from where, equal or not."
     with tempfile.TemporaryDirectory() as folder:
         code, _ = in_child(Path(folder), False, batch, moment)
-        if code != -signal.SIGKILL: raise MmferError(f"the training was to be killed at batch {batch}, but ended with {code}")
+        killed = code == -signal.SIGKILL
+        require(killed, f"the training to be killed at batch {batch} ended with {code}: look at its output")
         note = json.loads(Checkpoints(Path(folder) / "run" / "checkpoint").newest().read_text())
         code, result = in_child(Path(folder), True)
-        return dict(batch=batch, moment=moment, resumed_from=dict(epoch=note["epoch"], batches=note["batches"]), exit_code=code,
-                    equal=json.loads(json.dumps(whole)) == result)
+        place = dict(epoch=note["epoch"], batch=note["batch"])
+        equal = json.loads(json.dumps(whole)) == result
+        return dict(batch=batch, moment=moment, resumed_from=place, exit_code=code, equal=equal)
 
 
 def main(settings):
-    start, draw = time.perf_counter(), random.Random(settings.seed)
+    start = time.perf_counter()
+    draw = random.Random(settings.seed)
     with tempfile.TemporaryDirectory() as folder: code, whole = in_child(Path(folder))
-    if code: raise MmferError("the unbroken training failed: see above")
+    require(code == 0, "the unbroken training failed: look at its output above")
     kills = []
     for i in range(settings.kills):
         kills.append(kill_once(draw.randint(1, BATCHES), MOMENTS[i % 3], whole))
         print(f"{i + 1}/{settings.kills}: {kills[-1]}", flush=True)
     equal = sum(k["equal"] for k in kills)
     answer = f"{equal} of {settings.kills} killed trainings end with the weights of the unbroken one"
-    save("kill_resume", answer, **asdict(settings), equal=equal,
-         accelerate=accelerate.__version__, recipe=asdict(RECIPE), seconds=round(time.perf_counter() - start, 1), runs=kills)
-    if equal < settings.kills: raise MmferError("a resumed training differs: see above")
+    seconds = round(time.perf_counter() - start, 1)
+    save("kill_resume", answer, **asdict(settings), equal=equal, accelerate=accelerate.__version__,
+         recipe=asdict(RECIPE), seconds=seconds, runs=kills)
+    require(equal == settings.kills, "a resumed training differs: look at the list above")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,21 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SHARED = ("common", "readme")
+HEAD = """\
+# Benchmarks
+
+One script per question. Each writes its result with chip, versions and settings into `results/`, and this
+table is made from those files (`python benchmarks/readme.py --write`). What has not been measured says so.
+
+| question | answer | chip | command |
+| --- | --- | --- | --- |
+"""
+TAIL = """
+Also in `results/`: `compare_toy` and `compare_ravdess`, all systems on the same folds, explained in
+[chapter 24](../nbs/24_ablations.ipynb); `audio_ravdess_speech`, sound alone from scratch, of
+`mmfer cv ravdess_speech --system audio_only --preset tiny --folds hicmae --recipe benchmarks/audio_alone.json
+--out runs/audio`.
+"""
 
 
 def question(script):
@@ -17,23 +32,21 @@ def question(script):
 
 
 def rows(script):
-    "One row a result; a script without a result has one that says so."
+    "One row per result; a script without a result has one that says so."
     kept = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((HERE / "results").glob("*.json"))]
     mine = [r for r in kept if f"benchmarks/{script.name}" in r["command"]]
     if not mine: return [f"| {question(script)} | not measured | | `python benchmarks/{script.name}` |"]
-    return [f"| {question(script)} | {r['answer']} | {r['machine']['chip']}, torch {r['machine']['torch']} | `{r['command']}` |" for r in mine]
+    row = "| {} | {} | {chip}, torch {torch} | `{}` |"
+    return [row.format(question(script), r["answer"], r["command"], **r["machine"]) for r in mine]
 
 
 def readme():
     scripts = [p for p in sorted(HERE.glob("*.py")) if p.stem not in SHARED]
-    head = ("# Benchmarks\n\nOne script a question. Each writes its result with chip, versions and settings into `results/`, and this table is made from those files "
-            "(`python benchmarks/readme.py --write`). What has not been measured says so.\n\n| question | answer | chip | command |\n| --- | --- | --- | --- |\n")
-    tail = ("\nAlso in `results/`: `compare_toy` and `compare_ravdess`, all systems on the same folds, explained in chapter 14; `audio_ravdess_speech`, sound alone "
-            "from scratch, of `mmfer cv ravdess_speech --system audio_only --preset tiny --folds hicmae --recipe benchmarks/audio_alone.json --out runs/audio`.\n")
-    return head + "\n".join(row for s in scripts for row in rows(s)) + "\n" + tail
+    return HEAD + "\n".join(row for s in scripts for row in rows(s)) + "\n" + TAIL
 
 
 if __name__ == "__main__":
     path = HERE / "README.md"
     if "--write" in sys.argv: path.write_text(readme(), encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != readme(): sys.exit("benchmarks/README.md is not the table of the results: run python benchmarks/readme.py --write")
+    elif path.read_text(encoding="utf-8") != readme():
+        sys.exit(f"{path} is not the table of the results: run python benchmarks/readme.py --write")

@@ -1,13 +1,14 @@
-"""How many pictures a second pass the SigLIP2 base tower, with and without torch.compile, and what share of the matrix peak is that?
+"""How many pictures per second pass the SigLIP2 base tower, plain and compiled, and what share of the peak?
 
     python benchmarks/siglip_speed.py [--batch 256] [--precision bf16]
 
-The peak is measured too: the best of a few square matrix products in the same precision. Random weights; they cost the same.
+The peak is measured too, not read off a data sheet: the best of a few square matrix products in the same
+precision. Random weights; they cost the same.
 """
 from dataclasses import asdict, dataclass
 
 import torch
-from common import DEVICE, autocast, run, save, seconds_a_call
+from common import DEVICE, autocast, run, save, seconds_per_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmfer.visual import VISUAL_PRESETS, build_siglip
@@ -16,21 +17,21 @@ from mmfer.visual import VISUAL_PRESETS, build_siglip
 @dataclass
 class Settings:
     "The forward pass alone, in inference mode."
-    batch: int = 256 if DEVICE == "cuda" else 4             # pictures a call
+    batch: int = 256 if DEVICE == "cuda" else 4             # pictures per call
     precision: str = "bf16" if DEVICE == "cuda" else "no"
     calls: int = 20 if DEVICE == "cuda" else 2              # timed calls
     matrix: int = 8192 if DEVICE == "cuda" else 1024        # side of the matrix product
 
 
 def matrix_peak(settings):
-    "Floating point operations a second of a large matrix product."
+    "Floating point operations per second of a large matrix product."
     x = torch.randn(settings.matrix, settings.matrix, device=DEVICE)
     with autocast(settings.precision):
         x = x.to(torch.get_autocast_dtype(DEVICE)) if settings.precision != "no" else x
-        return max(2 * settings.matrix**3 / seconds_a_call(lambda: x @ x, settings.calls) for _ in range(3))
+        return max(2 * settings.matrix**3 / seconds_per_call(lambda: x @ x, settings.calls) for _ in range(3))
 
 
-def flops_a_picture(tower, pictures):
+def flops_per_picture(tower, pictures):
     with FlopCounterMode(display=False) as counter: tower(pictures[:1])
     return counter.get_total_flops()
 
@@ -40,12 +41,15 @@ def main(settings):
     config = VISUAL_PRESETS["lightweight"]
     tower = build_siglip(config).to(DEVICE).eval()
     pictures = torch.randn(settings.batch, 3, config.image_size, config.image_size, device=DEVICE)
-    flops, peak = flops_a_picture(tower, pictures), matrix_peak(settings)
-    figures = dict(gflops_a_picture=flops / 1e9, matrix_peak_tflops=peak / 1e12)
+    flops = flops_per_picture(tower, pictures)
+    peak = matrix_peak(settings)
+    figures = dict(gflops_per_picture=flops / 1e9, matrix_peak_tflops=peak / 1e12)
     for name, model in {"plain": tower, "compiled": torch.compile(tower)}.items():
-        with autocast(settings.precision): seconds = seconds_a_call(lambda: model(pictures), settings.calls)
-        figures |= {f"{name}_pictures_per_second": settings.batch / seconds, f"{name}_share_of_peak": settings.batch * flops / seconds / peak}
-    answer = "plain {plain_pictures_per_second:.0f}/s ({plain_share_of_peak:.0%} of the measured peak), compiled {compiled_pictures_per_second:.0f}/s ({compiled_share_of_peak:.0%})"
+        with autocast(settings.precision): seconds = seconds_per_call(lambda: model(pictures), settings.calls)
+        speed = settings.batch / seconds
+        figures |= {f"{name}_pictures_per_second": speed, f"{name}_share_of_peak": speed * flops / peak}
+    answer = ("plain {plain_pictures_per_second:.0f}/s ({plain_share_of_peak:.0%} of the measured peak), "
+              "compiled {compiled_pictures_per_second:.0f}/s ({compiled_share_of_peak:.0%})")
     save(f"siglip_speed_{DEVICE}", answer.format(**figures), **asdict(settings), **figures)
 
 

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
-from common import DEVICE, run, save, seconds_a_call, synthetic_batch, training_step
+from common import DEVICE, run, save, seconds_per_call, synthetic_batch, training_step
 
+from mmfer.corpus import RAVDESS_EMOTIONS
 from mmfer.losses import MultimodalLoss
 from mmfer.model import MultimodalFER
 
@@ -24,11 +25,12 @@ class Settings:
 
 
 def measure(preset, batch, precision, steps):
-    "One row: seconds a step, clips a second, peak GB (CUDA only); None where it does not fit."
+    "One row: seconds per step, clips per second, peak GB (CUDA only); None where it does not fit."
     row = dict(preset=preset, batch=batch, precision=precision)
-    model = MultimodalFER.from_preset(preset).to(DEVICE).train()
+    model = MultimodalFER.from_preset(preset, RAVDESS_EMOTIONS).to(DEVICE).train()
     if DEVICE == "cuda": torch.cuda.reset_peak_memory_stats()
-    try: seconds = seconds_a_call(training_step(model, MultimodalLoss(), *synthetic_batch(model, batch), precision), steps)
+    step = training_step(model, MultimodalLoss(), *synthetic_batch(model, batch), precision)
+    try: seconds = seconds_per_call(step, steps)
     except torch.OutOfMemoryError: return row | dict(seconds=None, clips_per_second=None, peak_gb=None)
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
     return row | dict(seconds=seconds, clips_per_second=batch / seconds, peak_gb=peak)
@@ -41,7 +43,8 @@ def sentence(row):
 
 
 def main(settings):
-    rows = [measure(*combination, settings.steps) for combination in product(settings.presets, settings.batches, settings.precisions)]
+    combinations = product(settings.presets, settings.batches, settings.precisions)
+    rows = [measure(*combination, settings.steps) for combination in combinations]
     save(f"step_time_{DEVICE}", "; ".join(map(sentence, rows)), **asdict(settings), rows=rows)
 
 

@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .core import EMOTIONS, MmferError, atomic_write
+from .core import MmferError, atomic_write, require
+from .corpus import RAVDESS_EMOTIONS
 from .media import SAMPLE_RATE, write_clip
 
 # %% ../nbs/02_toy.ipynb #ad204458
@@ -32,7 +33,7 @@ FACE_GROUPS = {"rest": ("neutral", "calm"), "raised": ("happy", "surprised"),
 # %% ../nbs/02_toy.ipynb #cf9652d1
 def group_of(
     groups: dict,   # `VOICE_GROUPS` or `FACE_GROUPS`
-    emotion: str,   # one of `EMOTIONS`
+    emotion: str,   # one of `RAVDESS_EMOTIONS`
 ) -> str:           # the group's name
     "The group to which an emotion belongs."
     return next(name for name, members in groups.items() if emotion in members)
@@ -41,10 +42,10 @@ def group_of(
 def bound(
     modality: str,  # "audio", "visual" or "both"
 ) -> float:         # the best UAR that any model can reach
-    "The best possible UAR on this corpus: emotions that look or sound alike share one certain hit between them."
+    "The best possible UAR on this corpus: emotions that look or sound alike share one certain hit."
     seen = {"audio": (VOICE_GROUPS,), "visual": (FACE_GROUPS,), "both": (VOICE_GROUPS, FACE_GROUPS)}[modality]
-    kinds = {tuple(group_of(g, e) for g in seen) for e in EMOTIONS}
-    return len(kinds) / len(EMOTIONS)
+    kinds = {tuple(group_of(g, e) for g in seen) for e in RAVDESS_EMOTIONS}
+    return len(kinds) / len(RAVDESS_EMOTIONS)
 
 # %% ../nbs/02_toy.ipynb #40e5df8f
 @dataclass
@@ -52,21 +53,22 @@ class Actor:
     "What stays the same in all clips of one toy actor."
     number: int      # odd: male, even: female, as in RAVDESS
     skin: tuple      # RGB
-    hair: tuple
-    shirt: tuple
+    hair: tuple      # RGB
+    shirt: tuple     # RGB
     wall: tuple      # the background
     hair_style: int  # 0 bald, 1 short, 2 curly, 3 long, 4 bun
-    glasses: bool
+    glasses: bool    # whether there are any
     width: float     # half the face's width, in pictures
     eye_gap: float   # from the middle of the face to an eye, in pictures
     mouth: float     # half the mouth's width, in pictures
     pitch: float     # Hz
-    tempo: float     # syllables a second
+    tempo: float     # syllables per second
     tract: float     # formants are multiplied by this: small heads sound brighter
 
 # %% ../nbs/02_toy.ipynb #8592d191
 SKINS = ((255, 222, 190), (236, 188, 148), (208, 156, 112), (170, 120, 84), (246, 206, 176), (142, 98, 70))
-HAIRS = ((60, 42, 34), (206, 160, 82), (30, 30, 36), (140, 70, 38), (176, 176, 180), (92, 58, 40), (180, 96, 60))
+HAIRS = ((60, 42, 34), (206, 160, 82), (30, 30, 36), (140, 70, 38), (176, 176, 180), (92, 58, 40),
+         (180, 96, 60))
 WALLS = ((168, 200, 214), (206, 214, 178), (214, 198, 224), (240, 222, 176), (186, 216, 200))
 
 # %% ../nbs/02_toy.ipynb #8656c00a
@@ -80,8 +82,9 @@ def make_actor(
     shirt = tuple(int(c) for c in rng.integers(60, 200, 3))
     style = rng.choice((0, 1, 1, 2) if male else (2, 3, 3, 4))
     return Actor(number, SKINS[number % 6], HAIRS[number * 3 % 7], shirt, WALLS[number % 5], int(style),
-                 glasses=bool(rng.random() < 0.25), width=rng.uniform(0.30, 0.34), eye_gap=rng.uniform(0.125, 0.14),
-                 mouth=rng.uniform(0.115, 0.135), pitch=rng.uniform(105, 140) if male else rng.uniform(180, 225),
+                 glasses=bool(rng.random() < 0.25), width=rng.uniform(0.30, 0.34),
+                 eye_gap=rng.uniform(0.125, 0.14), mouth=rng.uniform(0.115, 0.135),
+                 pitch=rng.uniform(105, 140) if male else rng.uniform(180, 225),
                  tempo=rng.uniform(3.4, 4.6), tract=1.0 if male else 1.15)
 
 # %% ../nbs/02_toy.ipynb #786f37dc
@@ -101,12 +104,16 @@ def pose(
 ) -> dict:              # what `draw_face` needs
     "The face between rest and the full expression of a group."
     face = {k: v + weight * FACES[group].get(k, 0) for k, v in REST.items()}
-    return face | {"open": face["open"] + 0.3 * talk * (1 - weight)}  # under the cue the mouth shows the cue alone
+    # under the cue the mouth shows the cue alone
+    return face | {"open": face["open"] + 0.3 * talk * (1 - weight)}
 
 # %% ../nbs/02_toy.ipynb #2479a706
 class _Pen:
     "Draws on a picture in coordinates from 0 to 1, in sixteenths of a pixel, smooth at the edges."
-    def __init__(self, picture): self.picture, self.size = picture, picture.shape[0]
+    def __init__(self, picture):
+        self.picture = picture
+        self.size = picture.shape[0]
+
     def _at(self, points): return [np.round(np.asarray(points) * self.size * 16).astype(np.int32)]
     def _thick(self, share): return max(1, round(share * self.size))
     def area(self, points, colour): cv2.fillPoly(self.picture, self._at(points), colour, cv2.LINE_AA, 4)
@@ -118,7 +125,8 @@ class _Pen:
         cv2.ellipse(self.picture, (x, y), (rx, ry), 0, 0, 360, colour, thick, cv2.LINE_AA, 4)
 
 # %% ../nbs/02_toy.ipynb #39a45ec8
-TINTS = {"red": (224, 60, 48, 0.55), "pale": (168, 186, 214, 0.5), "glow": (255, 208, 84, 0.5)}  # RGB, most of it
+# RGB, and how much of it at most
+TINTS = {"red": (224, 60, 48, 0.55), "pale": (168, 186, 214, 0.5), "glow": (255, 208, 84, 0.5)}
 
 
 def _mix(a, b, share): return tuple(float(x + (y - x) * share) for x, y in zip(a, b))
@@ -152,11 +160,13 @@ def _draw_head(pen, actor, x, y, skin):
     shade = _shade(skin)
     _draw_hair_behind(pen, actor, x, y)
     pen.blob(0.5, 1.08, 0.42, 0.20, actor.shirt)
-    pen.area([(x - 0.1, y + 0.3), (x + 0.1, y + 0.3), (x + 0.11, y + 0.47), (x - 0.11, y + 0.47)], shade)  # neck
+    # neck
+    pen.area([(x - 0.1, y + 0.3), (x + 0.1, y + 0.3), (x + 0.11, y + 0.47), (x - 0.11, y + 0.47)], shade)
     for side in (-1, 1): pen.blob(x + side * actor.width, y + 0.02, 0.05, 0.07, shade)  # ears
     pen.blob(x, y, actor.width, 0.40, skin)
     _draw_hair_front(pen, actor, x, y)
-    for side in (-1, 1): pen.blob(x + side * 0.19, y + 0.13, 0.055, 0.035, _mix(skin, (235, 90, 90), 0.3))  # cheeks
+    # cheeks
+    for side in (-1, 1): pen.blob(x + side * 0.19, y + 0.13, 0.055, 0.035, _mix(skin, (235, 90, 90), 0.3))
     pen.line([(x + 0.005, y + 0.02), (x + 0.03, y + 0.09), (x - 0.012, y + 0.095)], shade, 0.016)  # nose
 
 # %% ../nbs/02_toy.ipynb #d478da85
@@ -172,7 +182,8 @@ def _draw_eye(pen, actor, x, y, open_):
 # %% ../nbs/02_toy.ipynb #98acc178
 def _draw_brow(pen, actor, x, y, side, brow, inner):
     colour = _mix(actor.hair if actor.hair_style else (70, 50, 40), (20, 12, 10), 0.7)
-    y, bend = y - 0.105 - 0.055 * brow, 0.05 * inner
+    y = y - 0.105 - 0.055 * brow
+    bend = 0.05 * inner
     outer = y + 0.8 * bend + 0.008
     pen.line([(x - side * 0.075, y - bend), (x, y - 0.016), (x + side * 0.085, outer)], colour, 0.036)
 
@@ -185,8 +196,10 @@ def _draw_glasses(pen, actor, x, y):
 def _draw_mouth(pen, actor, x, y, face):
     u = np.linspace(-1, 1, 17)  # from corner to corner
     middle = y + 0.055 * face["curve"] * (1 - 2 * u**2)
-    gap, across = face["open"] * (1 - u**2), x + actor.mouth * face["wide"] * u
-    upper, lower = np.stack([across, middle - 0.035 * gap], 1), np.stack([across, middle + 0.105 * gap], 1)
+    gap = face["open"] * (1 - u**2)
+    across = x + actor.mouth * face["wide"] * u
+    upper = np.stack([across, middle - 0.035 * gap], 1)
+    lower = np.stack([across, middle + 0.105 * gap], 1)
     lips = _mix(actor.skin, (150, 24, 40), 0.75)
     teeth = np.concatenate([upper[3:-3], upper[-4:2:-1] + (0, 0.025)])
     if face["open"] > 0.05: pen.area(np.concatenate([upper, lower[::-1]]), (96, 16, 30))
@@ -198,13 +211,15 @@ def _draw_mouth(pen, actor, x, y, face):
 def draw_face(
     actor: Actor,                             # who
     face: dict,                               # what `pose` returns
-    size: int = 64,                           # pixels a side
-    shift: tuple[float, float] = (0.0, 0.0),  # how far the head is from the middle, in pictures right and down
+    size: int = 64,                           # pixels per side
+    shift: tuple[float, float] = (0.0, 0.0),  # of the head from the middle, in pictures right and down
 ) -> np.ndarray:                              # uint8 RGB, `[size, size, 3]`
     "Draw a cartoon face, three times too large and then made smaller, so that edges are smooth."
     light = np.linspace(1, 0.82, 3 * size)[:, None, None]
     canvas = np.repeat((np.array(actor.wall) * light).astype(np.uint8), 3 * size, axis=1)
-    pen, x, y = _Pen(canvas), 0.5 + shift[0], 0.5 + shift[1]
+    pen = _Pen(canvas)
+    x = 0.5 + shift[0]
+    y = 0.5 + shift[1]
     _draw_head(pen, actor, x, y, _tinted(actor.skin, face))
     for side in (-1, 1):
         _draw_eye(pen, actor, x + side * actor.eye_gap, y - 0.02, face["eye"])
@@ -230,7 +245,8 @@ def _pulses(phase, pitch, cutoff):
     return np.sqrt(sharp) * np.exp(sharp * (np.cos(2 * np.pi * phase) - 1))
 
 # %% ../nbs/02_toy.ipynb #579ec4d6
-VOWELS = np.array([(300, 2300), (450, 1900), (750, 1250), (480, 850), (330, 800)])  # formants of i e a o u, Hz
+# formants of i e a o u, Hz
+VOWELS = np.array([(300, 2300), (450, 1900), (750, 1250), (480, 850), (330, 800)])
 _HOP, _WINDOW = 160, 512  # samples: 10 ms and 32 ms
 _HZ = np.fft.rfftfreq(_WINDOW, 1 / SAMPLE_RATE)
 
@@ -268,7 +284,8 @@ def opening(
 
 # %% ../nbs/02_toy.ipynb #8cadc745
 PLAIN = dict(level=0, pitch=1, tempo=1, rise=0, tremor=0, breath=0, hum=0, bright=0)
-VOICES = {  # pitch and tempo are factors, rise and tremor shares of the pitch, level decibels, the others 0 to 1
+# pitch and tempo are factors, rise and tremor shares of the pitch, level decibels, the others 0 to 1
+VOICES = {
     "soft": dict(level=-8, pitch=0.9, tempo=0.6, breath=1.0),
     "flat": dict(level=-3, pitch=0.85, hum=1.0),
     "loud": dict(level=9, pitch=1.1, rise=0.7, bright=1.0),
@@ -309,7 +326,8 @@ def say(
     syllable = rng.uniform(0, 7) + np.cumsum(actor.tempo * cue["tempo"] ** weight) / SAMPLE_RATE
     source = _folds(cue, weight, _melody(actor, cue, weight, syllable, rng), rng)
     formants = actor.tract * VOWELS[np.array(STATEMENTS[statement - 1])[syllable[::_HOP].astype(int) % 7]]
-    hum, level = weight * cue["hum"], 10 ** (weight * cue["level"] / 20) * _tremble(cue, weight) ** 3
+    hum = weight * cue["hum"]
+    level = 10 ** (weight * cue["level"] / 20) * _tremble(cue, weight) ** 3
     loud = 0.06 * level * ((0.06 + opening(syllable)) * (1 - hum) + 0.8 * hum)
     room = 0.0008 * rng.standard_normal(len(weight))  # no room is quite silent
     return (loud * _filter(source, _mouth_gain(formants, hum[::_HOP, None])) + room).astype(np.float32)
@@ -318,7 +336,7 @@ def say(
 @dataclass
 class Part:
     "One clip before it is drawn and said."
-    actor: Actor
+    actor: Actor       # who plays it
     emotion: int       # 1..8, as in the file name
     intensity: int     # 1 normal, 2 strong
     statement: int     # 1 or 2
@@ -332,7 +350,8 @@ class Part:
     def stem(self): return "-".join(f"{n:02}" for n in (1, 1, *self.numbers))
 
     @property
-    def groups(self): return tuple(group_of(g, EMOTIONS[self.emotion - 1]) for g in (VOICE_GROUPS, FACE_GROUPS))
+    def groups(self):
+        return tuple(group_of(g, RAVDESS_EMOTIONS[self.emotion - 1]) for g in (VOICE_GROUPS, FACE_GROUPS))
 
 # %% ../nbs/02_toy.ipynb #d0054838
 def _cue(part, seconds, rng):
@@ -358,16 +377,18 @@ def _film(actor, face, weights, times, place, size, rng):
 # %% ../nbs/02_toy.ipynb #ab7bbab6
 def perform(
     part: Part,            # which clip
-    size: int = 64,        # pixels a side
+    size: int = 64,        # pixels per side
     seconds: float = 2.0,  # length
-    fps: int = 16,         # pictures a second
+    fps: int = 16,         # pictures per second
 ):                         # frames uint8 `[T, size, size, 3]`, audio float32 `[n]`, truth (dict)
-    "Draw and say one clip: the actor's plain face and voice, and one cue in a window of time that both share."
-    rng, (voice, face) = np.random.default_rng([part.seed, *part.numbers]), part.groups
+    "Draw and say one clip: the actor's plain face and voice, and one cue that both share in time."
+    rng = np.random.default_rng([part.seed, *part.numbers])
+    voice, face = part.groups
     start, end, strength = _cue(part, seconds, rng)
     samples = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     audio = say(part.actor, voice, strength * cue_weight(samples, start, end), part.statement, rng)
-    place, times = rng.uniform(-0.02, 0.02, 2), (np.arange(round(seconds * fps)) + 0.5) / fps
+    place = rng.uniform(-0.02, 0.02, 2)
+    times = (np.arange(round(seconds * fps)) + 0.5) / fps
     frames = _film(part.actor, face, strength * cue_weight(times, start, end), times, place, size, rng)
     box = _face_box(part.actor, *(0.5 + place))
     return frames, audio, dict(start=start, end=end, box=box, voice_group=voice, face_group=face)
@@ -378,7 +399,7 @@ def script(
     n_clips: int = 60,  # the first so many; any 8 or more hold every emotion
     seed: int = 0,      # of the corpus
 ) -> list[Part]:
-    "The clips of one actor in RAVDESS: 2 repetitions x 2 statements x 2 intensities x 8 emotions, no strong neutral."
+    "One actor's clips: 2 repetitions x 2 statements x 2 intensities x 8 emotions, no strong neutral."
     takes = itertools.product((1, 2), (1, 2), (1, 2), range(1, 9))
     return [Part(actor, e, i, s, r, seed) for r, s, i, e in takes if (e, i) != (1, 2)][:n_clips]
 
@@ -394,16 +415,16 @@ def _make_clip(job):
 SHORTEST = 1.2  # seconds: a cue of up to 0.8 s with some room before and after
 
 
-def _check_request(folder, actors, clips_per_actor, seconds, names):
-    if seconds < SHORTEST:
-        raise MmferError(f"{folder}: seconds={seconds} is too short for a cue: ask for {SHORTEST} or more")
-    if not 1 <= actors <= 99:
-        raise MmferError(f"{folder}: actors={actors} is not possible, names have two digits: ask for 1 to 99")
-    if not 1 <= clips_per_actor <= 60:
-        raise MmferError(f"{folder}: clips_per_actor={clips_per_actor} is not possible: ask for 1 to 60")
+def _require_possible(folder, actors, clips_per_actor, seconds, names):
+    require(seconds >= SHORTEST,
+            f"{folder}: seconds={seconds} is too short for a cue: ask for {SHORTEST} or more")
+    require(1 <= actors <= 99,
+            f"{folder}: actors={actors} is not possible, names have two digits: ask for 1 to 99")
+    require(1 <= clips_per_actor <= 60,
+            f"{folder}: clips_per_actor={clips_per_actor} is not possible: ask for 1 to 60")
     foreign = sorted(p.name for p in folder.rglob("*.mp4") if p.stem not in names)
-    if foreign:
-        raise MmferError(f"{folder} already holds {foreign[0]}, which is not of this corpus: choose an empty folder")
+    require(not foreign, f"{folder} already holds {', '.join(foreign[:1])}, which is not of this corpus: "
+            "choose an empty folder")
 
 # %% ../nbs/02_toy.ipynb #0d5546af
 def make_toy(
@@ -411,20 +432,22 @@ def make_toy(
     actors: int = 8,             # number of actors, odd ones male
     seed: int = 0,               # the same seed gives the same corpus
     clips_per_actor: int = 60,   # 60 is all of RAVDESS's names
-    size: int = 64,              # pixels a side, even
+    size: int = 64,              # pixels per side, even
     seconds: float = 2.0,        # length of a clip
-    fps: int = 16,               # pictures a second
-    workers: int | None = None,  # processes; None: one for each core
+    fps: int = 16,               # pictures per second
+    workers: int | None = None,  # processes; None: one per core
     progress: bool = True,       # show a bar
 ) -> Path:                       # the folder
-    """Write a corpus of cartoon clips with RAVDESS names, and `truth.json` with the time and place of each cue.
+    """Write cartoon clips with RAVDESS names, and `truth.json` with the time and place of each cue.
 
-    Raises `MmferError` for an impossible number of actors, clips or seconds, and for a folder that holds other clips."""
+    Raises `MmferError` for an impossible number of actors, clips or seconds, and for a folder that holds
+    other clips."""
     folder = Path(folder)
     parts = [p for n in range(1, actors + 1) for p in script(make_actor(n, seed), clips_per_actor, seed)]
-    _check_request(folder, actors, clips_per_actor, seconds, {p.stem for p in parts})
+    _require_possible(folder, actors, clips_per_actor, seconds, {p.stem for p in parts})
     jobs = [(folder, p, size, seconds, fps) for p in parts]
-    method = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork imports nothing anew
+    # fork imports nothing anew
+    method = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with method.Pool(workers or os.cpu_count()) as pool:
         made = pool.imap(_make_clip, jobs, chunksize=4)
         truth = dict(tqdm(made, total=len(parts), desc="toy corpus", unit="clip", disable=not progress))

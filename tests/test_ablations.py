@@ -13,11 +13,10 @@ import torch
 from torch.testing import assert_close
 
 from mmfer import ablations
-from mmfer.ablations import (BASELINES, SYSTEM_KINDS, Committee, FeatureCorpus, MediaCorpus, Recipe, Result, as_markdown, compare,
-                             comparison_table, feature_model, fold_parts, load_features, paired_difference, plan_systems,
-                             read_results, summarise_metric, toy_features, train_on_features)
+from mmfer.ablations import (
+    BASELINES, SYSTEM_KINDS, Committee, FeatureCorpus, MediaCorpus, Recipe, Result, as_markdown, compare, comparison_table, feature_model, fold_parts, load_features, paired_difference, plan_systems, read_results, summarise_metric, toy_features, train_on_features)
 from mmfer.core import MmferError, seed_everything
-from mmfer.datasets import make_splits
+from mmfer.corpus import make_splits
 from mmfer.evaluate import BOOTSTRAPPED, bootstrap_interval
 from mmfer.fusion import FusionConfig, Lfm2Backbone, lfm2_config
 from mmfer.toy import make_toy
@@ -306,7 +305,7 @@ def kept(name): return json.loads((ROOT / "benchmarks" / "results" / f"compare_{
 
 @pytest.mark.parametrize("name", ["toy", "ravdess"])
 def test_chapter_shows_the_kept_results(name):
-    chapter = json.loads((ROOT / "nbs" / "14_ablations.ipynb").read_text(encoding="utf-8"))
+    chapter = json.loads((ROOT / "nbs" / "24_ablations.ipynb").read_text(encoding="utf-8"))
     prose = "\n".join("".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == "markdown")
     assert as_markdown(comparison_table(kept(name))).strip() in prose
 

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Subset
 from mmfer import cache
 from mmfer.cache import CachedTokens, TokenStore, clip_key, encode_clip, entry_bytes, tower_key, use_cache
 from mmfer.core import MmferError, seed_everything
-from mmfer.datasets import ClipDataset, clip_table, collate, model_inputs
+from mmfer.corpus import clip_table
+from mmfer.processor import ClipDataset, collate, model_inputs
 from mmfer.media import read_clip
 from mmfer.model import MultimodalFER, preset_config
 from mmfer.prepare import PreparedDataset, prepare, prepared_table

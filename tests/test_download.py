@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 import mmfer.download
 from mmfer.core import MmferError
-from mmfer.datasets import clip_table
-from mmfer.download import LICENCE, TRIES, archive_name, download, fetch, open_source, parse_actors, resume_download, unpack
+from mmfer.corpus import clip_table
+from mmfer.download import (
+    LICENCE, TRIES, archive_name, download, fetch, open_source, parse_actors, resume_download, unpack)
 from mmfer.prepare import prepared_table
 from mmfer.toy import make_toy
 

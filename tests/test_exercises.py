@@ -1,44 +1,77 @@
-"""Every exercise has a solution, and the solution passes the chapter's own checker."""
+"""Every exercise has a solution that its checker accepts, and a wrong answer that its checker refuses."""
+import ast
+import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-NBS = sorted((Path(__file__).resolve().parent.parent / "nbs").glob("[0-9]*.ipynb"))
-SOLUTION = re.compile(r"<details><summary>Solution.*?</summary>.*?```python\n(.*?)```", re.S)
-STUB = re.compile(r"raise NotImplementedError\(\"your turn\"\)")
+CHAPTERS = sorted((Path(__file__).resolve().parent.parent / "nbs").glob("[0-9]*.ipynb"))
+STUB = 'raise NotImplementedError("your turn")'
+FOLDED = r"<details><summary>{}[^<]*</summary>\s*```python\n(.*?)```"
+SOLUTION = re.compile(FOLDED.format("Solution"), re.S)
+WRONG = re.compile(FOLDED.format("A wrong answer, and why"), re.S)
+NOT_A_REFUSAL = (NameError, SyntaxError, NotImplementedError)  # the answer did not even run
 
 
 def sources(path, kind):
-    return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
-
-
-def exercises(path):
-    "(checkers, stub, solution) of each exercise of a chapter."
-    code, prose = sources(path, "code"), "\n".join(sources(path, "markdown"))
-    stubs = [c for c in code if STUB.search(c)]
-    return [c for c in code if "@exercise" in c], stubs, SOLUTION.findall(prose)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == kind]
 
 
 def is_imports(cell):
-    return all(re.match(r"(import |from |#|\s|\)|$)", line) for line in cell.splitlines()) and "import" in cell
+    try: body = ast.parse(cell).body
+    except SyntaxError: return False  # a cell with a command of IPython
+    return bool(body) and all(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
 
 
-@pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
-def test_solutions_pass(path, capsys):
-    checkers, stubs, solutions = exercises(path)
-    assert len(stubs) == len(solutions), "each exercise needs one folded solution"
+def exercises(path):
+    "(name of the checker, name of the answer, solution, wrong answer) of each exercise, in order."
+    stubs = [cell for cell in sources(path, "code") if STUB in cell]
+    prose = "\n".join(sources(path, "markdown"))
+    solutions = SOLUTION.findall(prose)
+    wrong = WRONG.findall(prose)
+    assert len(solutions) == len(stubs), f"{len(stubs)} exercises have {len(solutions)} folded solutions"
+    assert len(wrong) == len(stubs), f"{len(stubs)} exercises have {len(wrong)} folded wrong answers"
+    calls = [re.search(r"^(\w+)\((\w+)\)\s*\Z", stub, re.M) for stub in stubs]
+    assert all(calls), "a stub ends with checker(answer)"
+    return [(*call.groups(), *answers) for call, *answers in zip(calls, solutions, wrong)]
+
+
+def chapter_space(path):
+    "The names that a checker may use: those of the chapter's module, what the chapter imports, the checkers."
     code = sources(path, "code")
-    module = next((m[1] for c in code if (m := re.search(r"#\| default_exp (\w+)", c))), None)
-    space = {}
-    exec("from mmfer.core import *" + (f"\nfrom mmfer.{module} import *" if module else ""), space)
-    for cell in filter(is_imports, code): exec(cell, space)
-    for cell in checkers: exec(STUB.sub("raise NotImplementedError", cell), space)
-    for stub, solution in zip(stubs, solutions):
-        exec(solution, space)
-        name = re.findall(r"^def (\w+)", stub, re.M)[-1]
-        call = re.findall(rf"^\w+\({name}\)", stub, re.M)
-        assert call, f"{path.name}: the stub {name} is not handed to a checker"
-        exec(call[0], space)
-        assert "solved" in capsys.readouterr().out
+    exported = re.search(r"#\| default_exp (\w+)", "\n".join(code))
+    module = vars(importlib.import_module(f"mmfer.{exported[1]}")) if exported else {}
+    space = {**module, "__name__": path.stem}
+    for cell in code:
+        if is_imports(cell) or "@exercise" in cell: exec(cell, space)
+    return space
+
+
+def define(name, code, space):
+    space.pop(name, None)
+    exec(code, space)
+    return space[name]
+
+
+def verdict(checker, answer, capsys):
+    capsys.readouterr()
+    checker(answer)
+    [line] = capsys.readouterr().out.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_the_solution_passes_and_the_wrong_answer_does_not(path, capsys):
+    found = exercises(path)
+    space = chapter_space(path) if found else {}
+    for checker, answer, solution, wrong in found:
+        bad = define(answer, wrong, space)
+        with pytest.raises(Exception) as refusal: space[checker].check(bad)
+        assert not isinstance(refusal.value, NOT_A_REFUSAL), f"{answer}: {refusal.value!r}"
+        assert verdict(space[checker], bad, capsys).startswith(f"☒ {answer}: not yet: ")
+        good = define(answer, solution, space)
+        space[checker].check(good)
+        assert verdict(space[checker], good, capsys) == f"☑ {answer}: solved"

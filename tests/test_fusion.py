@@ -1,19 +1,18 @@
-"""Fusion: missing modalities, who sees whom, gradients, sizes, and LFM2 weights in the format of the real checkpoint."""
-import json
+"""Fusion: missing modalities, who sees whom, gradients, sizes."""
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, load_model, save_file, save_model
-from transformers import BertConfig, Lfm2Config, Lfm2ForCausalLM, Lfm2Model
+from safetensors.torch import load_model, save_model
+from transformers import Lfm2Model
 
 from mmfer.core import BranchOutput, MmferError, count_parameters
-from mmfer.fusion import (FUSION_PRESETS, LFM2_NOTICE, SYSTEMS, FusionConfig, Lfm2Backbone, build_fusion, interleave,
-                          lfm2_config, lfm2_sizes, load_backbone, load_lfm2, separate)
+from mmfer.fusion import (
+    FUSION_PRESETS, SYSTEMS, Lfm2Backbone, build_fusion, interleave, lfm2_config, separate)
 
-AUDIO, VISUAL = 12, 20
+AUDIO, VISUAL, EMOTIONS = 12, 20, 5
 TINY = FUSION_PRESETS["tiny"]
 FUSIONS = ("early", "late", "attention", "lfm2")
 
@@ -21,7 +20,8 @@ FUSIONS = ("early", "late", "attention", "lfm2")
 def branch(dim, batch=4, present=None, seed=0):
     g = torch.Generator().manual_seed(seed + dim)
     flags = None if present is None else torch.tensor(present)
-    return BranchOutput(torch.randn(batch, 8, dim, generator=g), torch.randn(batch, 8, generator=g), flags)
+    features = torch.randn(batch, 8, dim, generator=g)
+    return BranchOutput(features, torch.randn(batch, EMOTIONS, generator=g), flags)
 
 
 def system(kind, **kwargs):
@@ -54,7 +54,7 @@ def test_separate_is_the_inverse_of_interleave(batch, segments, dim, seed):
     (branch(AUDIO, present=[True, False, True, False]), branch(VISUAL, present=[True, True, False, True]))])
 def test_every_system_answers_with_anything_missing(kind, audio, visual):
     out = system(kind)(audio, visual, output_attentions=True)
-    assert answer(out).shape == ((4, 8) if kind == "late" else (4, 8, TINY.out_dim))
+    assert answer(out).shape == ((4, EMOTIONS) if kind == "late" else (4, 8, TINY.out_dim))
     assert answer(out).isfinite().all()
     assert (out.attention is not None) == (kind in ("attention", "lfm2"))
     if out.attention is not None: assert torch.allclose(out.attention.sum(-1), torch.ones(4, 16), atol=1e-5)
@@ -80,7 +80,8 @@ def test_a_row_depends_on_itself_alone(kind, flags, data):
     a, v = branch(AUDIO, n, has_a), branch(VISUAL, n, has_v)
     with torch.no_grad():
         together = answer(fusion(a, v))[row]
-        alone = answer(fusion(*(BranchOutput(b.features[[row]], b.logits[[row]], b.present[[row]]) for b in (a, v))))[0]
+        single = [BranchOutput(b.features[[row]], b.logits[[row]], b.present[[row]]) for b in (a, v)]
+        alone = answer(fusion(*single))[0]
     assert together.isfinite().all() and torch.allclose(together, alone, atol=1e-5)
 
 
@@ -118,22 +119,31 @@ def test_single_systems_use_one_modality(kind, blind_to):
 @pytest.mark.parametrize("kind", ["early", "attention", "lfm2"])
 def test_none_and_not_present_are_the_same(kind):
     fusion, v = system(kind), branch(VISUAL)
-    assert torch.allclose(fusion(None, v).features, fusion(branch(AUDIO, present=[False] * 4), v).features, atol=1e-6)
+    absent = branch(AUDIO, present=[False] * 4)
+    assert torch.allclose(fusion(None, v).features, fusion(absent, v).features, atol=1e-6)
 
 
-def test_late_fusion_counts_the_votes_that_are_there():
+def test_late_fusion_counts_the_logits_that_are_there():
     fusion = system("late")
     a, v = branch(AUDIO, 3, [True, True, False]), branch(VISUAL, 3, [True, False, True])
     torch.nn.init.constant_(fusion.balance, 1.0)
     got, share = fusion(a, v).logits, torch.sigmoid(torch.tensor(1.0))
-    votes = a.logits.log_softmax(-1), v.logits.log_softmax(-1)
-    assert torch.allclose(got[0], share * votes[0][0] + (1 - share) * votes[1][0])
-    assert torch.equal(got[1], votes[0][1]) and torch.equal(got[2], votes[1][2])
+    logs = a.logits.log_softmax(-1), v.logits.log_softmax(-1)
+    assert torch.allclose(got[0], share * logs[0][0] + (1 - share) * logs[1][0])
+    assert torch.equal(got[1], logs[0][1]) and torch.equal(got[2], logs[1][2])
     assert torch.equal(fusion(None, branch(VISUAL)).logits, branch(VISUAL).logits.log_softmax(-1))
 
 
-def test_late_fusion_needs_votes():
-    with pytest.raises(MmferError, match="logits"): system("late")(BranchOutput(features=torch.randn(2, 8, AUDIO)), None)
+@pytest.mark.parametrize("other", [None, branch(VISUAL, 2)])
+def test_late_fusion_needs_logits(other):
+    headless = BranchOutput(features=torch.randn(2, 8, AUDIO))
+    with pytest.raises(MmferError, match="a branch has none.*n_emotions"): system("late")(headless, other)
+
+
+@given(n=st.integers(1, 12))
+def test_late_fusion_takes_the_number_of_emotions_from_the_branches(n):
+    a, v = BranchOutput(logits=torch.randn(3, n)), BranchOutput(logits=torch.randn(3, n))
+    for given_ in ((a, v), (a, None), (None, v)): assert system("late")(*given_).logits.shape == (3, n)
 
 
 # --- gradients and precision
@@ -163,7 +173,8 @@ def who_sees_whom(backbone, length=16, width=64):
 
 
 @pytest.mark.parametrize("layers, causal, behind, ahead", [
-    (1, True, 2, 0), (2, True, 4, 0), (3, True, 15, 0), (1, False, 1, 1), (2, False, 2, 2), (3, False, 15, 15)])
+    (1, True, 2, 0), (2, True, 4, 0), (3, True, 15, 0),
+    (1, False, 1, 1), (2, False, 2, 2), (3, False, 15, 15)])
 def test_who_sees_whom(layers, causal, behind, ahead):
     torch.manual_seed(0)
     ones = torch.ones(16, 16, dtype=torch.bool)
@@ -214,124 +225,25 @@ def test_baselines_are_of_comparable_size(preset, kind):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(kind="mid"), "audio_only, visual_only"), (dict(heads=5), "64.*5 heads"), (dict(kv_heads=3), "4 heads.*3"),
-    (dict(layers=2), "layer 3")])
+    (dict(kind="mid"), "audio_only, visual_only"), (dict(heads=5), "64.*5 heads"),
+    (dict(kv_heads=3), "4 heads.*3"), (dict(layers=2), "layer 3"), (dict(dropout=-0.1), "dropout")])
 def test_impossible_sizes_are_refused(wrong, message):
     with pytest.raises(MmferError, match=message): build_fusion(replace(TINY, **wrong), AUDIO, VISUAL)
 
 
 def test_wrong_shape_of_features_is_named():
-    with pytest.raises(AssertionError, match="S should be 8, not 7"): system("lfm2")(BranchOutput(torch.randn(2, 7, AUDIO)), None)
+    seven = BranchOutput(torch.randn(2, 7, AUDIO))
+    with pytest.raises(AssertionError, match="S should be 8, not 7"): system("lfm2")(seven, None)
 
 
 # --- weights
 
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_weights_survive_saving(kind, tmp_path):
-    first, second = system(kind), build_fusion(replace(TINY, kind=kind), AUDIO, VISUAL).eval()
+    first = system(kind)
+    second = build_fusion(replace(TINY, kind=kind), AUDIO, VISUAL).eval()
     torch.nn.init.constant_(first.balance if kind == "late" else first.head[1].bias, 0.7)
     save_model(first, tmp_path / "fusion.safetensors")
     load_model(second, tmp_path / "fusion.safetensors")
-    assert torch.equal(answer(second(branch(AUDIO), branch(VISUAL))), answer(first(branch(AUDIO), branch(VISUAL))))
-
-
-LANGUAGE = dict(
-    vocab_size=40, hidden_size=64, intermediate_size=264, block_multiple_of=16, num_hidden_layers=16,
-    num_attention_heads=4, num_key_value_heads=2, full_attn_idxs=[2, 5, 8, 10, 12, 14])
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    "A whole language model with random weights, bf16, and a config.json with the keys of the real one."
-    folder = tmp_path_factory.mktemp("lfm2")
-    torch.manual_seed(0)
-    Lfm2ForCausalLM(Lfm2Config(**LANGUAGE)).to(torch.bfloat16).save_pretrained(folder)
-    published = dict(
-        architectures=["Lfm2ForCausalLM"], model_type="lfm2", vocab_size=40, hidden_size=64, block_dim=64, conv_dim=64,
-        conv_dim_out=64, block_ff_dim=264, block_multiple_of=16, block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=True,
-        block_use_swiglu=True, conv_L_cache=3, conv_bias=False, num_hidden_layers=16, num_attention_heads=4, num_heads=4,
-        num_key_value_heads=2, full_attn_idxs=[2, 5, 8, 10, 12, 14], norm_eps=1e-5, rope_theta=1000000.0, use_cache=True,
-        bos_token_id=1, eos_token_id=7, pad_token_id=0, max_position_embeddings=128000, torch_dtype="bfloat16")
-    (folder / "config.json").write_text(json.dumps(published))
-    return folder
-
-
-@pytest.fixture
-def broken(checkpoint, tmp_path):
-    "Writes a copy of the checkpoint whose weights a function has changed."
-    def write(change):
-        weights = load_file(checkpoint / "model.safetensors")
-        change(weights)
-        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
-        return tmp_path
-    return write
-
-
-def test_sizes_of_a_checkpoint(checkpoint):
-    assert lfm2_sizes(checkpoint) == dict(d_model=64, heads=4, kv_heads=2, ffn=176)
-
-
-@pytest.mark.parametrize("layers", [3, 6, 12])
-@pytest.mark.filterwarnings("ignore:LFM2 weights")
-def test_first_layers_of_a_checkpoint(checkpoint, layers):
-    backbone, x = load_lfm2(checkpoint, layers), torch.randn(2, 16, 64)
-    reference = Lfm2Model.from_pretrained(checkpoint, num_hidden_layers=layers, dtype=torch.float32)
-    assert torch.allclose(backbone(x).last_hidden_state, reference(inputs_embeds=x).last_hidden_state, atol=1e-5)
-    assert {p.dtype for p in backbone.parameters()} == {torch.float32}
-    saved = load_file(checkpoint / "model.safetensors")
-    for name, p in backbone.named_parameters(): assert torch.equal(p, saved[f"model.{name}"].float())
-
-
-def test_licence_is_said_where_weights_are_loaded(checkpoint):
-    with pytest.warns(UserWarning, match="LFM Open License"): load_lfm2(checkpoint, 3)
-
-
-@pytest.mark.parametrize("freeze", [True, False])
-@pytest.mark.filterwarnings("ignore:LFM2 weights")
-def test_loaded_backbone_can_be_frozen(checkpoint, freeze):
-    fusion = build_fusion(FusionConfig(**lfm2_sizes(checkpoint), out_dim=64), AUDIO, VISUAL)
-    assert fusion.weights_from == "random"
-    load_backbone(fusion, checkpoint, freeze)
-    assert fusion.weights_from == str(checkpoint)
-    fusion(branch(AUDIO), branch(VISUAL)).features.sum().backward()
-    assert all((p.grad is None) == freeze for p in fusion.backbone.parameters())
-    assert all(p.grad is not None for p in fusion.projections.parameters())
-
-
-def test_missing_weight_is_named(broken):
-    folder = broken(lambda w: w.pop("model.layers.1.conv.in_proj.weight"))
-    with pytest.raises(MmferError, match=r"missing weights: layers\.1\.conv\.in_proj\.weight"): load_lfm2(folder, 3)
-
-
-def test_weight_of_another_shape_is_named(broken):
-    folder = broken(lambda w: w.update({"model.layers.2.self_attn.k_proj.weight": torch.zeros(16, 64)}))
-    with pytest.raises(MmferError, match=r"mismatched weights: .*layers\.2\.self_attn\.k_proj\.weight"): load_lfm2(folder, 3)
-
-
-def test_superfluous_weight_is_named(broken):
-    folder = broken(lambda w: w.update({"model.layers.0.conv.conv.bias": torch.zeros(64)}))
-    with pytest.raises(MmferError, match=r"unexpected weights: .*layers\.0\.conv\.conv\.bias"): load_lfm2(folder, 3)
-
-
-def test_a_fault_in_a_later_layer_does_not_matter(broken):
-    folder = broken(lambda w: w.pop("model.layers.9.feed_forward.w1.weight"))
-    with pytest.warns(UserWarning, match=LFM2_NOTICE[:20]): load_lfm2(folder, 3)
-
-
-def test_truncated_weights_are_refused(checkpoint, tmp_path):
-    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
-    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(MmferError, match="no readable weights"): load_lfm2(tmp_path, 3)
-
-
-def test_what_is_no_lfm2_is_refused(checkpoint, tmp_path):
-    with pytest.raises(MmferError, match="cannot be read as LFM2"): load_lfm2(tmp_path)
-    BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(MmferError, match="checkpoint of bert"): load_lfm2(tmp_path)
-    with pytest.raises(MmferError, match="16 layers, not 17"): load_lfm2(checkpoint, 17)
-
-
-def test_fusion_of_other_sizes_is_refused(checkpoint):
-    with pytest.raises(MmferError, match="ffn is 176 there and 256 here"): load_backbone(system("lfm2", ffn=256), checkpoint)
-    with pytest.raises(MmferError, match="causal is True there and False here"): load_backbone(system("lfm2", causal=False), checkpoint)
+    a, v = branch(AUDIO), branch(VISUAL)
+    assert torch.equal(answer(second(a, v)), answer(first(a, v)))

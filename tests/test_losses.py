@@ -1,24 +1,26 @@
-"""Losses by hand, missing modalities, and mixing that keeps lengths and shares."""
+"""Losses by hand, missing modalities, and weights that take effect."""
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
 from torch.testing import assert_close
 
 from mmfer.core import MmferError
-from mmfer.losses import MultimodalLoss, alignment_loss, class_weights, cutmix, draw_mix, mixup, soften
+from mmfer.losses import MultimodalLoss, alignment_loss, class_weights
 
 LN3 = math.log(3)
 LOSS = {p: -math.log(p) for p in (1 / 4, 1 / 2, 3 / 4)}  # surprise of a truth that was given this probability
 
 
-def say(**changes):
+def answer(**changes):
     "Two clips, two classes: fused gives class 1 three quarters, audio one half, visual one quarter."
-    votes = torch.tensor([[0., LN3], [0., LN3]])
-    out = dict(logits=votes, audio_logits=0 * votes, visual_logits=-votes,
+    logits = torch.tensor([[0., LN3], [0., LN3]])
+    out = dict(logits=logits, audio_logits=0 * logits, visual_logits=-logits,
                audio_features=torch.eye(2)[:, None], visual_features=torch.eye(2)[:, None])
     return SimpleNamespace(**out | changes)
 
@@ -30,53 +32,82 @@ TRUTH = torch.tensor([1, 1])
 
 
 def test_parts_and_total_by_hand():
-    loss = MultimodalLoss(label_smoothing=0.0)(say(), TRUTH)
+    loss = MultimodalLoss(label_smoothing=0.0)(answer(), TRUTH)
     assert set(loss) == {"total", "fused", "audio", "visual"}
-    assert [value(loss[k]) for k in ("fused", "audio", "visual")] == [value(LOSS[p]) for p in (3 / 4, 1 / 2, 1 / 4)]
+    for name, p in (("fused", 3 / 4), ("audio", 1 / 2), ("visual", 1 / 4)):
+        assert value(loss[name]) == value(LOSS[p])
     assert value(loss["total"]) == value(LOSS[3 / 4] + 0.3 * LOSS[1 / 2] + 0.3 * LOSS[1 / 4])
 
 
 def test_smoothing_by_hand():
-    loss = MultimodalLoss(label_smoothing=0.2)(say(), TRUTH)
+    loss = MultimodalLoss(label_smoothing=0.2)(answer(), TRUTH)
     assert value(loss["fused"]) == value(0.9 * LOSS[3 / 4] + 0.1 * LOSS[1 / 4])
 
 
 def test_class_weights_by_hand():
-    loss = MultimodalLoss(label_smoothing=0.0, class_weights=torch.tensor([3., 1.]))(say(), torch.tensor([0, 1]))
+    loss_of = MultimodalLoss(label_smoothing=0.0, class_weights=torch.tensor([3., 1.]))
+    loss = loss_of(answer(), torch.tensor([0, 1]))
     assert value(loss["fused"]) == value((3 * LOSS[1 / 4] + 1 * LOSS[3 / 4]) / 4)
 
 
 def test_soft_labels_by_hand():
     soft = torch.tensor([[0.5, 0.5], [0., 1.]])
-    loss = MultimodalLoss(label_smoothing=0.0)(say(), soft)
+    loss = MultimodalLoss(label_smoothing=0.0)(answer(), soft)
     assert value(loss["fused"]) == value((0.5 * LOSS[1 / 4] + 0.5 * LOSS[3 / 4] + LOSS[3 / 4]) / 2)
 
 
 def test_one_hot_labels_equal_whole_numbers():
-    hard, soft = (MultimodalLoss()(say(), y)["total"] for y in (TRUTH, torch.eye(2)[TRUTH]))
+    hard, soft = (MultimodalLoss()(answer(), y)["total"] for y in (TRUTH, torch.eye(2)[TRUTH]))
     assert_close(hard, soft)
 
 
-def test_shares_weigh_the_parts():
-    loss = MultimodalLoss(label_smoothing=0.0, audio=2.0, visual=0.0)(say(), TRUTH)
+@given(audio=st.floats(0.01, 5), visual=st.floats(0.01, 5), alignment=st.floats(0.01, 5))
+def test_each_part_counts_with_its_weight(audio, visual, alignment):
+    loss_of = MultimodalLoss(label_smoothing=0.0, audio=audio, visual=visual, alignment=alignment)
+    loss = loss_of(answer(), TRUTH)
+    parts = audio * LOSS[1 / 2] + visual * LOSS[1 / 4] + alignment * math.log(1 + math.exp(-1 / 0.07))
+    assert loss["total"].item() == pytest.approx(LOSS[3 / 4] + parts, rel=1e-5)
+
+
+def test_a_weight_of_zero_leaves_the_part_out():
+    loss = MultimodalLoss(label_smoothing=0.0, audio=2.0, visual=0.0)(answer(), TRUTH)
+    assert set(loss) == {"total", "fused", "audio"}
     assert value(loss["total"]) == value(LOSS[3 / 4] + 2 * LOSS[1 / 2])
-    assert "visual" not in loss
+
+
+def test_every_head_has_a_gradient_by_default():
+    names = ("logits", "audio_logits", "visual_logits")
+    logits = {name: torch.zeros(2, 2, requires_grad=True) for name in names}
+    MultimodalLoss()(answer(**logits), TRUTH)["total"].backward()
+    fused, audio, visual = (x.grad.abs().sum().item() for x in logits.values())
+    assert (audio, visual) == pytest.approx((0.3 * fused, 0.3 * fused))
+
+
+def test_smoothing_and_class_weights_hold_for_the_heads_of_the_branches():
+    weights = torch.tensor([3., 1.])
+    loss = MultimodalLoss(label_smoothing=0.2, class_weights=weights)(answer(), torch.tensor([0, 1]))
+    for name, p in (("audio", 1 / 2), ("visual", 3 / 4)):  # the probability of class 0
+        logits = torch.tensor([[math.log(p), math.log(1 - p)]] * 2)
+        target = torch.tensor([0, 1])
+        wanted = torch.nn.functional.cross_entropy(logits, target, weight=weights, label_smoothing=0.2)
+        assert_close(loss[name], wanted)
 
 
 @pytest.mark.parametrize("gone", [{"audio_logits": None}, {"audio_features": None},
                                   {"audio_present": torch.tensor([False, False])}])
 def test_an_absent_modality_is_left_out(gone):
-    loss = MultimodalLoss(label_smoothing=0.0)(say(**gone), TRUTH)
+    loss = MultimodalLoss(label_smoothing=0.0)(answer(**gone), TRUTH)
     assert set(loss) == {"total", "fused", "visual"}
     assert value(loss["total"]) == value(LOSS[3 / 4] + 0.3 * LOSS[1 / 4])
 
 
 def test_a_clip_without_sound_does_not_count_in_the_audio_part():
-    votes = torch.tensor([[0., LN3], [float("nan"), float("nan")]], requires_grad=True)
-    loss = MultimodalLoss(label_smoothing=0.0)(say(audio_logits=votes, audio_present=torch.tensor([True, False])), TRUTH)
+    logits = torch.tensor([[0., LN3], [float("nan"), float("nan")]], requires_grad=True)
+    one = answer(audio_logits=logits, audio_present=torch.tensor([True, False]))
+    loss = MultimodalLoss(label_smoothing=0.0)(one, TRUTH)
     assert value(loss["audio"]) == value(LOSS[3 / 4])
     loss["total"].backward()
-    assert votes.grad.isfinite().all() and (votes.grad[1] == 0).all()
+    assert logits.grad.isfinite().all() and (logits.grad[1] == 0).all()
 
 
 # alignment
@@ -95,20 +126,20 @@ def test_alignment_is_symmetric():
 
 
 def test_alignment_is_one_part_of_the_total():
-    loss = MultimodalLoss(alignment=0.5)(say(), TRUTH)
-    without = MultimodalLoss()(say(), TRUTH)
+    loss = MultimodalLoss(alignment=0.5)(answer(), TRUTH)
+    without = MultimodalLoss()(answer(), TRUTH)
     assert value(loss["alignment"]) == value(math.log(1 + math.exp(-1 / 0.07)))
     assert value(loss["total"]) == value(without["total"] + 0.5 * loss["alignment"])
 
 
 def test_alignment_needs_two_clips_with_both_modalities():
-    one = say(visual_present=torch.tensor([True, False]))
+    one = answer(visual_present=torch.tensor([True, False]))
     assert "alignment" not in MultimodalLoss(alignment=0.5)(one, TRUTH)
-    assert "alignment" not in MultimodalLoss(alignment=0.5)(say(visual_features=None), TRUTH)
+    assert "alignment" not in MultimodalLoss(alignment=0.5)(answer(visual_features=None), TRUTH)
 
 
 def test_two_widths_are_an_error_or_are_projected():
-    wide = say(visual_features=torch.randn(2, 8, 3))
+    wide = answer(visual_features=torch.randn(2, 8, 3))
     with pytest.raises(MmferError, match="project both"): MultimodalLoss(alignment=0.1)(wide, TRUTH)
     criterion = MultimodalLoss(alignment=0.1, dims=(2, 3))
     criterion(wide, TRUTH)["total"].backward()
@@ -117,76 +148,36 @@ def test_two_widths_are_an_error_or_are_projected():
 
 # class weights
 
-@given(st.lists(st.integers(0, 7), min_size=1))
-def test_every_class_that_is_there_has_the_same_say(labels):
-    weights = class_weights(labels)
-    say = torch.zeros(8).index_add(0, torch.tensor(labels), weights[labels])
+labels_of = st.integers(1, 12).flatmap(
+    lambda k: st.tuples(st.lists(st.integers(0, k - 1), min_size=1, max_size=50), st.just(k)))
+
+
+@given(labels_of)
+def test_every_class_that_is_there_counts_equally(drawn):
+    labels, n_classes = drawn
+    weights = class_weights(labels, n_classes)
+    per_class = torch.zeros(n_classes).index_add(0, torch.tensor(labels), weights[labels])
     there = sorted(set(labels))
-    assert_close(say[there], torch.full((len(there),), len(labels) / len(there)))
-    assert (weights[[k for k in range(8) if k not in there]] == 0).all()
+    assert weights.shape == (n_classes,)
+    assert_close(per_class[there], torch.full((len(there),), len(labels) / len(there)))
+    assert (weights[[k for k in range(n_classes) if k not in there]] == 0).all()
 
 
-# mixing
-
-def batch(audio=(6, 4, 0), video=(2, 0, 2), garbage=0.0):
-    torch.manual_seed(0)
-    sound = torch.stack([torch.cat([torch.rand(n), torch.full((6 - n,), garbage)]) for n in audio])
-    pictures = torch.randint(256, (len(video), 2, 3, 16, 16), dtype=torch.uint8)
-    return dict(audio=sound, audio_lengths=torch.tensor(audio), video=pictures, video_lengths=torch.tensor(video), clip=["a", "b", "c"])
-
-
-def real(mixed): return [row[:n] for row, n in zip(mixed["audio"], mixed["audio_lengths"])]
+@given(labels_of, st.randoms(use_true_random=False))
+def test_renaming_the_classes_renames_the_weights(drawn, random):
+    labels, n_classes = drawn
+    order = random.sample(range(n_classes), n_classes)
+    renamed = class_weights([order[label] for label in labels], n_classes)
+    assert_close(renamed[order], class_weights(labels, n_classes))
 
 
-LABELS = torch.tensor([0, 3, 3])
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_class_weights_are_those_of_scikit_learn(kind):
+    labels = [0, 2, 2, 2, 1, 1]
+    wanted = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert class_weights(kind(labels), 3).tolist() == pytest.approx(wanted.tolist())
 
 
-@pytest.mark.parametrize("mix", (mixup, cutmix))
-@settings(deadline=None)
-@given(seed=st.integers(0, 9999), alpha=st.sampled_from((0.2, 1.0, 5.0)))
-def test_mixing_keeps_shares_lengths_and_types(mix, seed, alpha):
-    draw = lambda: torch.Generator().manual_seed(seed)
-    before = batch()
-    mixed, soft = mix(before, LABELS, alpha, draw())
-    partner = draw_mix(3, alpha, draw())[1]
-    assert_close(soft.sum(1), torch.ones(3))
-    assert (soft >= 0).all() and (soft[:, [1, 2, 4, 5, 6, 7]] == 0).all()
-    for key in ("audio_lengths", "video_lengths"):
-        for i, j in enumerate(partner): assert mixed[key][i] == (before[key][i] if before[key][j] else 0)
-    assert mixed["video"].dtype == torch.uint8 and before["video"].equal(batch()["video"])
-    assert mixed["clip"] == before["clip"]
-
-
-@pytest.mark.parametrize("mix", (mixup, cutmix))
-def test_garbage_behind_the_length_changes_nothing(mix):
-    for seed in range(5):
-        clean, dirty = (mix(batch(garbage=g), LABELS, 1.0, torch.Generator().manual_seed(seed))[0] for g in (0.0, 1e9))
-        for a, b in zip(real(clean), real(dirty)): assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("mix", (mixup, cutmix))
-def test_the_same_generator_mixes_the_same_way(mix):
-    runs = [mix(batch(), LABELS, 1.0, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert runs[0][1].equal(runs[1][1]) and runs[0][0]["video"].equal(runs[1][0]["video"])
-    assert not runs[0][1].equal(runs[2][1])
-
-
-def test_the_label_tells_the_area_that_was_pasted():
-    plain = dict(audio=None, video=torch.stack([torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32)]), video_lengths=torch.tensor([2, 2]))
-    for seed in range(20):
-        mixed, soft = cutmix(plain, torch.tensor([0, 1]), 1.0, torch.Generator().manual_seed(seed))
-        assert_close(soft[:, 1], mixed["video"].mean((1, 2, 3, 4)))
-        assert torch.equal(mixed["video"][:, 0], mixed["video"][:, 1])  # the same box in every picture
-
-
-def test_soft_labels_can_be_mixed_again():
-    _, once = mixup(batch(), LABELS, 1.0, torch.Generator().manual_seed(1))
-    _, twice = mixup(batch(), once, 1.0, torch.Generator().manual_seed(1))
-    assert_close(twice.sum(1), torch.ones(3))
-    assert torch.equal(soften(once), once)
-
-
-def test_cutmix_needs_pictures():
-    with pytest.raises(MmferError, match="use mixup"): cutmix(batch() | {"video": None}, LABELS)
-    mixed, _ = mixup(batch() | {"video": None}, LABELS)
-    assert mixed["video"] is None
+@pytest.mark.parametrize("labels", [[0, 3], [-1, 0]])
+def test_a_label_that_is_no_class_is_refused(labels):
+    with pytest.raises(MmferError, match="do not fit 3 classes"): class_weights(labels, 3)

@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfer.core import MmferError
-from mmfer.media import SAMPLE_RATE, read_clip, show_clip, square, write_clip
+from mmfer.media import SAMPLE_RATE, read_clip, show_clip, write_clip
 
 
 @pytest.fixture(scope="module")
 def ramp(tmp_path_factory):
     "Two seconds: 32 frames that get brighter, and a click at 1.2 s."
     path = tmp_path_factory.mktemp("media") / "ramp.mp4"
-    frames = np.repeat(np.arange(32, dtype=np.uint8)[:, None, None, None] * 7, 64, 1).repeat(96, 2).repeat(3, 3)
+    brightness = 7 * np.arange(32, dtype=np.uint8)
+    frames = np.tile(brightness[:, None, None, None], (1, 64, 96, 3))
     audio = np.zeros(2 * SAMPLE_RATE, np.float32)
     audio[19200:19600] = 0.5 * np.sin(np.arange(400))
     write_clip(path, frames, 16, audio)
@@ -53,20 +54,17 @@ def test_a_clip_that_fails_to_encode_leaves_no_file(tmp_path):
 
 
 @settings(max_examples=20, deadline=None)
-@given(h=st.integers(2, 40), w=st.integers(2, 40), size=st.integers(1, 50))
-def test_square_keeps_a_plain_colour_plain(h, w, size):
-    out = square(np.full((2, h, w, 3), 77, np.uint8), size)
-    assert out.shape == (2, size, size, 3) and (out == 77).all()
-
-
-def test_square_takes_the_centre():
-    wide = np.zeros((1, 4, 8, 3), np.uint8)
-    wide[:, :, 2:6] = 200
-    assert (square(wide, 4) == 200).all()
+@given(n_frames=st.integers(1, 60))
+def test_times_are_in_the_middle_of_equal_bins_and_every_one_has_a_picture(ramp, n_frames):
+    clip = read_clip(ramp[0], n_frames=n_frames)
+    assert len(clip.frames) == len(clip.times) == n_frames
+    edges = np.linspace(0, clip.duration, n_frames + 1)
+    np.testing.assert_allclose(clip.times - edges[:-1], edges[1:] - clip.times, atol=1e-9)
 
 
 def tone(seconds):
-    return (0.3 * np.sin(2 * np.pi * 220 * np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE)).astype(np.float32)
+    t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    return (0.3 * np.sin(2 * np.pi * 220 * t)).astype(np.float32)
 
 
 def write_wav(path, audio):
@@ -119,10 +117,13 @@ def faulty(kind, folder, ramp):
     if kind == "no_index": path.write_bytes(ramp.read_bytes()[:3000])
     if kind == "half_pictures":
         write_pictures(folder / "whole.mp4", "libx264")
-        with av.open(str(folder / "whole.mp4")) as a, av.open(str(folder / "index_first.mp4"), "w", options={"movflags": "faststart"}) as b:
+        index_first = av.open(str(folder / "index_first.mp4"), "w", options={"movflags": "faststart"})
+        with av.open(str(folder / "whole.mp4")) as a, index_first as b:
             stream = b.add_stream_from_template(a.streams.video[0])
             for packet in a.demux(video=0):
-                if packet.dts is not None: packet.stream = stream; b.mux(packet)
+                if packet.dts is None: continue
+                packet.stream = stream
+                b.mux(packet)
         data = (folder / "index_first.mp4").read_bytes()
         path.write_bytes(data[: len(data) // 2])
     if kind == "half_flv":
@@ -142,9 +143,11 @@ def faulty(kind, folder, ramp):
     return path
 
 
-FAULTS = {"missing": "does not exist", "folder": "does not exist or is not a file", "text": "not a media file", "empty": "not a media file",
+FAULTS = {"missing": "does not exist", "folder": "does not exist or is not a file",
+          "text": "not a media file", "empty": "not a media file",
           "no_index": "cut off", "half_pictures": "breaks off", "half_flv": "cut off after",
-          "no_samples": "cannot be decoded", "no_frames": "picture track that is empty", "silence": "neither sound nor pictures",
+          "no_samples": "cannot be decoded", "no_frames": "picture track that is empty",
+          "silence": "neither sound nor pictures",
           "subtitles": "neither sound nor pictures"}
 
 
@@ -158,23 +161,29 @@ def test_a_fault_is_one_sentence_with_the_name(kind, tmp_path, ramp, capfd):
     assert capfd.readouterr().err == ""  # the decoder keeps its log to itself
 
 
+def test_a_file_that_may_not_be_read_is_one_sentence(ramp, monkeypatch):
+    def refuse(*args): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("mmfer.media.open", refuse, raising=False)
+    wanted = r"ramp.mp4 cannot be read .*\(Permission denied\): check that you may read it"
+    with pytest.raises(MmferError, match=wanted): read_clip(ramp[0])
+
+
 # Real recordings
 
 
-@pytest.mark.parametrize("size", [None, 112])
-def test_ravdess_clips_are_read_whole(shared_data, size):
+def test_ravdess_clips_are_read_whole(shared_data):
     paths = sorted((shared_data / "ravdess_original/Actor_05").glob("01-*.mp4"))
     assert len(paths) == 6
     for path in paths:
-        clip = read_clip(path, size=size)
-        assert clip.frames.shape == (16, *((720, 1280) if size is None else (112, 112)), 3)
+        clip = read_clip(path)
+        assert clip.frames.shape == (16, 720, 1280, 3)
         assert 3.0 < clip.duration < 5.3 and len(clip.audio) == round(clip.duration * SAMPLE_RATE)
         assert np.abs(clip.audio).max() > 0.01 and clip.frames.std() > 10 and not clip.audio_problem
 
 
 def test_ravdess_video_only_file_is_flagged_as_silent(shared_data):
     [path] = (shared_data / "ravdess_original/Actor_05").glob("02-*.mp4")
-    clip = read_clip(path, size=64)
+    clip = read_clip(path)
     assert clip.audio is None and clip.audio_problem == "silent sound track" and clip.has_video
 
 
@@ -182,8 +191,8 @@ def test_cremad_flv_is_read(shared_data):
     paths = sorted((shared_data / "cremad").glob("*.flv"))
     assert len(paths) == 3
     for path in paths:
-        clip = read_clip(path, size=64)
-        assert clip.has_audio and clip.frames.shape == (16, 64, 64, 3) and 1.5 < clip.duration < 3
+        clip = read_clip(path)
+        assert clip.has_audio and clip.frames.shape[0] == 16 and 1.5 < clip.duration < 3
 
 
 def test_opus_is_sound_alone(shared_data):

@@ -1,4 +1,4 @@
-"""The whole model: padding, neighbours and missing modalities change nothing they should not; sizes are those of the design."""
+"""The whole model: padding and missing modalities change nothing they should not, emotions size the heads."""
 import json
 
 import pytest
@@ -7,14 +7,17 @@ from fastcore.test import test_close as close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfer.core import MmferError, count_parameters, seed_everything
+from mmfer.core import MmferError, count_parameters, from_dict, seed_everything, to_dict
+from mmfer.corpus import RAVDESS_EMOTIONS
 from mmfer.fusion import SYSTEMS
-from mmfer.model import MultimodalFER, hide_modalities, preset_config
+from mmfer.model import ModelConfig, MultimodalFER, hide_modalities, preset_config
+
+THREE = ("shy", "bold", "bored")  # neither RAVDESS's names nor in the order of the alphabet
 
 
-def tiny(system="lfm2"):
+def tiny(system="lfm2", emotions=RAVDESS_EMOTIONS):
     seed_everything(0)
-    return MultimodalFER.from_preset("tiny", system).eval()
+    return MultimodalFER.from_preset("tiny", emotions, system).eval()
 
 
 MODEL = tiny()
@@ -22,20 +25,29 @@ MODEL = tiny()
 
 def clips(n, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return dict(audio=0.1 * torch.randn(n, 20_000, generator=g), audio_lengths=torch.randint(4_000, 20_001, (n,), generator=g),
+    return dict(audio=0.1 * torch.randn(n, 20_000, generator=g),
+                audio_lengths=torch.randint(4_000, 20_001, (n,), generator=g),
                 video=torch.randint(0, 256, (n, 9, 3, 64, 64), dtype=torch.uint8, generator=g),
                 video_lengths=torch.randint(1, 10, (n,), generator=g))
 
 
 def row(batch, i):
     "Clip i alone, cut to its own length."
-    a, v = batch["audio_lengths"][i], batch["video_lengths"][i]
-    return dict(audio=batch["audio"][i:i + 1, :a], audio_lengths=a[None], video=batch["video"][i:i + 1, :v], video_lengths=v[None])
+    a = batch["audio_lengths"][i]
+    v = batch["video_lengths"][i]
+    return dict(audio=batch["audio"][i:i + 1, :a], audio_lengths=a[None],
+                video=batch["video"][i:i + 1, :v], video_lengths=v[None])
 
 
 @torch.no_grad()
 def logits(model, batch):
     return model(**batch).logits
+
+
+def heads(out):
+    "Every kind of logits that a model gives."
+    found = dict(fused=out.logits, audio=out.audio_logits, visual=out.visual_logits)
+    return {name: logits for name, logits in found.items() if logits is not None}
 
 
 @settings(max_examples=10, deadline=None)
@@ -60,7 +72,8 @@ def test_a_clip_does_not_notice_its_neighbours(seed, order):
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_missing_modalities(system):
-    model, batch = tiny(system), clips(2)
+    model = tiny(system)
+    batch = clips(2)
     for name in ("audio", "video"):
         other = {"audio": "video", "video": "audio"}[name]
         alone = {other: batch[other], f"{other}_lengths": batch[f"{other}_lengths"]}
@@ -75,21 +88,26 @@ def test_missing_modalities(system):
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_tokens_in_place_of_video(system):
-    model, batch = tiny(system), clips(2)
-    wanted, tokens = logits(model, batch), torch.zeros(2, 9, 64, 64)
+    model = tiny(system)
+    batch = clips(2)
+    wanted = logits(model, batch)
+    tokens = torch.zeros(2, 9, 64, 64)
     if model.visual:
         real = torch.arange(9) < batch["video_lengths"][:, None]
         with torch.no_grad(): tokens[real] = model.visual.encode(batch["video"][real])
     video = batch.pop("video")
     assert torch.equal(logits(model, batch | {"video_tokens": tokens}), wanted)
     if system == "audio_only": return
-    with pytest.raises(MmferError, match="either video or tokens"): model(**batch, video=video, video_tokens=tokens)
-    with pytest.raises(MmferError, match="tokens have the shape"): model(**batch, video_tokens=tokens[..., :32])
+    both = dict(video=video, video_tokens=tokens)
+    narrow = dict(video_tokens=tokens[..., :32])
+    with pytest.raises(MmferError, match="either video or tokens"): model(**batch, **both)
+    with pytest.raises(MmferError, match="tokens have the shape"): model(**batch, **narrow)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_saved_and_loaded_is_the_same(system, tmp_path):
-    model, batch = tiny(system), clips(2)
+    model = tiny(system)
+    batch = clips(2)
     model.save_pretrained(tmp_path)
     again = MultimodalFER.from_pretrained(tmp_path).eval()
     assert again.config == model.config and set(again.summary()["weights from"]) == {str(tmp_path), ""}
@@ -101,13 +119,13 @@ def test_a_config_with_a_typo_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["fusion"]["hedas"] = config["fusion"].pop("heads")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MmferError, match="fusion.hedas is unknown"): MultimodalFER.from_pretrained(tmp_path)
+    with pytest.raises(MmferError, match="fusion.hedas"): MultimodalFER.from_pretrained(tmp_path)
 
 
 def test_every_trainable_weight_gets_a_gradient():
     model = tiny().train()
     out = model(**clips(3))
-    (out.logits.square().sum() + out.audio_logits.square().sum() + out.visual_logits.square().sum()).backward()
+    sum(logits.square().sum() for logits in heads(out).values()).backward()
     lost = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert lost == [n for n in lost if n.startswith("fusion.stand_ins")], lost
 
@@ -115,13 +133,84 @@ def test_every_trainable_weight_gets_a_gradient():
 @given(p=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_modality_dropout_never_takes_both_nor_gives_any(p, seed):
     torch.manual_seed(seed)
-    audio, visual = torch.rand(50) < 0.7, torch.rand(50) < 0.7
+    audio = torch.rand(50) < 0.7
+    visual = torch.rand(50) < 0.7
     a, v = hide_modalities(audio, visual, p)
     assert not (a & ~audio).any() and not (v & ~visual).any()
     assert torch.equal(a | v, audio | visual)
 
 
-@pytest.mark.parametrize("preset, low, high", [("tiny", 0.4e6, 2e6), ("lightweight", 150e6, 170e6), ("full", 450e6, 520e6)])
+SIZES = [("tiny", 0.4e6, 2e6), ("lightweight", 150e6, 170e6), ("full", 450e6, 520e6)]
+
+
+@pytest.mark.parametrize("preset, low, high", SIZES)
 def test_sizes(preset, low, high):
-    with torch.device("meta"): model = MultimodalFER(preset_config(preset))
+    with torch.device("meta"): model = MultimodalFER(preset_config(preset, RAVDESS_EMOTIONS))
     assert low < count_parameters(model) < high
+
+
+# Emotions are the corpus's: their number sizes every head, their names and order are saved
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("emotions", [THREE, ("yes", "no"), tuple("abcdefghijk")], ids=len)
+@torch.no_grad()
+def test_emotions_size_every_head(system, emotions):
+    out = tiny(system, emotions)(**clips(2))
+    branches = dict(audio_only={"audio"}, visual_only={"visual"}).get(system, {"audio", "visual"})
+    assert set(heads(out)) == {"fused"} | branches
+    assert {tuple(logits.shape) for logits in heads(out).values()} == {(2, len(emotions))}
+    close(out.probabilities.sum(1), torch.ones(2), eps=1e-5)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_three_emotions_saved_and_loaded(system, tmp_path):
+    model = tiny(system, THREE)
+    batch = clips(2)
+    model.save_pretrained(tmp_path)
+    again = MultimodalFER.from_pretrained(tmp_path).eval()
+    assert again.config.emotions == THREE and again.config == model.config
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=12, unique=True))
+def test_order_and_names_live_through_plain_data(emotions):
+    config = preset_config("tiny", emotions)
+    again = from_dict(ModelConfig, json.loads(json.dumps(to_dict(config))))
+    assert again.emotions == tuple(emotions) and again == config
+    assert {again.audio.n_emotions, again.visual.n_emotions, again.classifier.n_emotions} == {len(emotions)}
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.permutations(THREE).filter(lambda order: tuple(order) != THREE))
+def test_another_order_is_another_config(order):
+    assert preset_config("tiny", order) != preset_config("tiny", THREE)
+
+
+@pytest.mark.parametrize("part", ["audio", "visual", "classifier"])
+def test_a_head_of_another_size_cannot_be_made(part, tmp_path):
+    "The number of emotions is told once: a config that says another one for a part does not get it."
+    plain = to_dict(preset_config("tiny", THREE))
+    plain[part]["n_emotions"] = 8
+    with torch.no_grad(): out = MultimodalFER(plain).eval()(**clips(1))
+    assert {logits.shape[1] for logits in heads(out).values()} == {3}
+
+
+def test_weights_for_other_emotions_do_not_load(tmp_path):
+    tiny(emotions=THREE).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["emotions"] = [*THREE, "proud"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MmferError, match="do not fit MultimodalFER"): MultimodalFER.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("emotions", [(), ("sad",), ("sad", "sad")])
+def test_emotions_that_cannot_be_told_apart_are_refused(emotions):
+    with pytest.raises(MmferError, match="two emotions or more"): preset_config("tiny", emotions)
+
+
+def test_a_model_without_emotions_is_refused():
+    plain = to_dict(preset_config("tiny", THREE))
+    del plain["emotions"]
+    with pytest.raises(MmferError, match="emotions"): MultimodalFER(plain)

@@ -1,4 +1,4 @@
-"""Training in stages: frozen parts stand still, each stage starts from the best of the one before, a broken run goes on as if nothing had been."""
+"""Stages: frozen parts stand still, each starts from the best of the one before, a broken run goes on."""
 import json
 import shutil
 from dataclasses import replace
@@ -15,10 +15,13 @@ from torch.nn import functional as F
 from mmfer import stages
 from mmfer.core import MmferError, seed_everything, to_dict
 from mmfer.model import FEROutput, MultimodalFER, preset_config
-from mmfer.stages import (THREE_STAGES, Recipe, Stage, branches_vote, difficulty, join_votes, load_recipe, one_stage, run_stages,
-                          save_recipe, three_stages)
+from mmfer.processor import collate, model_inputs
+from mmfer.stages import (
+    Stage, StagesConfig, diff_stages, difficulty, join_branches, judge_branches, load_stages, one_stage,
+    run_stages, save_stages, three_stages)
 from mmfer.trainer import RECIPES, TrainConfig, Trainer
 
+EMOTIONS = tuple("abcdefgh")
 CONFIG = replace(RECIPES["tiny"], epochs=5, batch_size=2)  # 2, 1 and 2 epochs
 
 
@@ -26,9 +29,15 @@ class Clips(torch.utils.data.Dataset):
     "Made-up clips in memory; pulls the plug when the `stop`-th clip is read."
     def __init__(self, n=5, stop=None):
         g = torch.Generator().manual_seed(n)
-        self.items = [dict(audio=0.1 * torch.randn(8_000, generator=g), label=i % 8, clip=f"clip-{n}-{i}",
-                           video=torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=g)) for i in range(n)]
-        self.rows, self.reads, self.stop = [dict(clip=x["clip"], label=x["label"]) for x in self.items], 0, stop
+        self.items = [self.made_up(n, i, g) for i in range(n)]
+        self.rows = [dict(clip=x["clip"], label=x["label"]) for x in self.items]
+        self.reads = 0
+        self.stop = stop
+
+    def made_up(self, n, i, g):
+        audio = 0.1 * torch.randn(8_000, generator=g)
+        video = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=g)
+        return dict(audio=audio, label=i % 8, clip=f"clip-{n}-{i}", video=video)
 
     def __len__(self): return len(self.items)
 
@@ -40,7 +49,7 @@ class Clips(torch.utils.data.Dataset):
 
 def build(**classifier):
     seed_everything(0)
-    config = preset_config("tiny")
+    config = preset_config("tiny", EMOTIONS)
     config.classifier = replace(config.classifier, **classifier)
     return MultimodalFER(config)
 
@@ -59,8 +68,9 @@ def without_times(path):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    "A whole run: its folder and the weights before it. BatchNorm in the classifier, as there is in the audio branch."
-    out, model = tmp_path_factory.mktemp("unbroken"), build(norm="batch")
+    "A whole run: its folder, the weights before it, the model. The classifier has BatchNorm, too."
+    out = tmp_path_factory.mktemp("unbroken")
+    model = build(norm="batch")
     start = {k: v.clone() for k, v in model.state_dict().items()}
     return out, start, run_stages(model, three_stages(CONFIG), Clips(6), Clips(3), out)
 
@@ -68,7 +78,8 @@ def unbroken(tmp_path_factory):
 def test_frozen_parts_stand_still_with_their_batchnorm(unbroken):
     out, start, _ = unbroken
     one, two, three = (weights(out / f / "best") for f in ("1_branches", "2_fusion", "3_end_to_end"))
-    assert any("running_mean" in k for k in one if k.startswith("classifier")) and any("running_mean" in k for k in one if k.startswith("audio"))
+    averages = {k.split(".")[0] for k in one if "running_mean" in k}
+    assert averages == {"audio", "classifier"}
     assert parts_that_moved(start, one) == {"audio", "visual"}
     assert parts_that_moved(one, two) == {"fusion", "classifier"}
     assert parts_that_moved(two, three) == {"audio", "visual", "fusion", "classifier"}
@@ -76,10 +87,12 @@ def test_frozen_parts_stand_still_with_their_batchnorm(unbroken):
 
 def test_the_folder_of_a_run(unbroken):
     out, _, model = unbroken
-    assert {p.name for p in out.iterdir()} >= {"1_branches", "2_fusion", "3_end_to_end", "best", "recipe.json", "training_history.json"}
-    assert load_recipe(out / "recipe.json") == three_stages(CONFIG)
+    files = {"1_branches", "2_fusion", "3_end_to_end", "best", "stages.json", "training_history.json"}
+    assert {p.name for p in out.iterdir()} == files | {".lock"}
+    assert load_stages(out / "stages.json") == three_stages(CONFIG)
     rows = json.loads((out / "training_history.json").read_text())
-    assert [(r["stage"], r["epoch"]) for r in rows] == [("branches", 0), ("branches", 1), ("fusion", 0), ("end_to_end", 0), ("end_to_end", 1)]
+    told = [("branches", 0), ("branches", 1), ("fusion", 0), ("end_to_end", 0), ("end_to_end", 1)]
+    assert [(r["stage"], r["epoch"]) for r in rows] == told
     best = MultimodalFER.from_pretrained(out / "best").state_dict()
     last = weights(out / "3_end_to_end" / "best")
     assert all(torch.equal(v, best[k]) and torch.equal(v, last[k]) for k, v in model.state_dict().items())
@@ -87,30 +100,32 @@ def test_the_folder_of_a_run(unbroken):
 
 
 def test_each_stage_starts_from_the_best_of_the_one_before(tmp_path, monkeypatch):
-    recipe, train_stage = three_stages(CONFIG), stages._train_stage
-    for rate in ("lr_branches", "lr_fusion", "lr_classifier"): setattr(recipe.stages[2].config, rate, 0.0)
+    plan = three_stages(CONFIG)
+    train_stage = stages._train_stage
+    for rate in ("lr_branches", "lr_fusion", "lr_classifier"): setattr(plan.stages[2].config, rate, 0.0)
 
     def stop_before_the_end(model, before, stage, *rest):
         if stage.name == "end_to_end": raise KeyboardInterrupt
         return train_stage(model, before, stage, *rest)
     monkeypatch.setattr(stages, "_train_stage", stop_before_the_end)
-    with pytest.raises(KeyboardInterrupt): run_stages(build(), recipe, Clips(), Clips(3), tmp_path)
+    with pytest.raises(KeyboardInterrupt): run_stages(build(), plan, Clips(), Clips(3), tmp_path)
     monkeypatch.undo()
 
     mark = weights(tmp_path / "2_fusion" / "best")
     mark["classifier.mlp.2.bias"] = torch.arange(8.0)
     save_file(mark, tmp_path / "2_fusion" / "best" / "model.safetensors")
-    model = run_stages(build(), recipe, Clips(), Clips(3), tmp_path, resume=True)
+    model = run_stages(build(), plan, Clips(), Clips(3), tmp_path, resume=True)
     assert model.state_dict()["classifier.mlp.2.bias"].tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("stop", [12, 12 + 3, 12 + 6 + 5])  # the last clip of stage 1; within stages 2 and 3
 def test_a_broken_run_ends_as_the_unbroken_one(tmp_path, unbroken, stop):
     out, _, model = unbroken
-    recipe = three_stages(CONFIG)
-    for stage in recipe.stages: stage.config.save_batches = 1
-    with pytest.raises(KeyboardInterrupt): run_stages(build(norm="batch"), recipe, Clips(6, stop), Clips(3), tmp_path)
-    again = run_stages(build(norm="batch"), recipe, Clips(6), Clips(3), tmp_path, resume=True)
+    plan = three_stages(CONFIG)
+    for stage in plan.stages: stage.config.save_batches = 1
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(build(norm="batch"), plan, Clips(6, stop), Clips(3), tmp_path)
+    again = run_stages(build(norm="batch"), plan, Clips(6), Clips(3), tmp_path, resume=True)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert without_times(tmp_path / "training_history.json") == without_times(out / "training_history.json")
 
@@ -119,15 +134,17 @@ def test_a_finished_run_reads_no_clip_again(unbroken):
     out, _, model = unbroken
     data = Clips(6)
     again = run_stages(build(norm="batch"), three_stages(CONFIG), data, Clips(3), out, resume=True)
-    assert data.reads == 0 and all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert data.reads == 0
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
 
 
 def test_a_spoilt_best_model_ends_in_one_sentence(tmp_path, unbroken):
     shutil.copytree(unbroken[0], tmp_path / "run")
     file = tmp_path / "run" / "2_fusion" / "best" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(MmferError, match="2_fusion/best/model.safetensors cannot be loaded"):
-        run_stages(build(norm="batch"), three_stages(CONFIG), Clips(6), Clips(3), tmp_path / "run", resume=True)
+    with pytest.raises(MmferError, match="2_fusion/best/model.safetensors cannot be read"):
+        again = build(norm="batch")
+        run_stages(again, three_stages(CONFIG), Clips(6), Clips(3), tmp_path / "run", resume=True)
 
 
 def test_what_comes_in_frozen_stays_frozen(tmp_path):
@@ -142,32 +159,35 @@ def test_what_comes_in_frozen_stays_frozen(tmp_path):
 
 @pytest.mark.parametrize("system", ["audio_only", "visual_only", "late"])
 def test_systems_that_lack_a_part(tmp_path, system):
-    model = run_stages(MultimodalFER.from_preset("tiny", system), three_stages(CONFIG), Clips(), Clips(3), tmp_path)
+    fresh = MultimodalFER.from_preset("tiny", EMOTIONS, system)
+    model = run_stages(fresh, three_stages(CONFIG), Clips(), Clips(3), tmp_path)
     assert model.config.fusion.kind == system and (tmp_path / "best" / "config.json").is_file()
 
 
-def test_the_fused_vote_teaches_the_branches_nothing():
-    model, batch = build().eval(), stages.collate([Clips()[i] for i in range(3)])
-    with branches_vote(model): out = model(**stages.model_inputs(batch))
-    assert torch.equal(out.logits, join_votes(out)) and not out.logits.requires_grad and out.audio_logits.requires_grad
+def test_the_fused_logits_teach_the_branches_nothing():
+    model = build().eval()
+    inputs = model_inputs(collate([Clips()[i] for i in range(3)]))
+    with judge_branches(model): out = model(**inputs)
+    assert torch.equal(out.logits, join_branches(out))
+    assert not out.logits.requires_grad and out.audio_logits.requires_grad
     assert torch.allclose(out.probabilities.sum(1), torch.ones(3))
-    assert model(**stages.model_inputs(batch)).logits.requires_grad, "the block is over, but the branches still vote"
+    assert model(**inputs).logits.requires_grad, "the block is over, but the branches are still judged"
 
 
-def test_a_branch_without_a_modality_has_no_vote():
+def test_a_branch_without_a_modality_is_left_out():
     a, v = torch.randn(2, 2, 8)
-    out = FEROutput(audio_logits=a, visual_logits=v, audio_present=torch.tensor([True, False]), visual_present=torch.tensor([True, True]))
-    joint = join_votes(out)
+    here = dict(audio_present=torch.tensor([True, False]), visual_present=torch.tensor([True, True]))
+    joint = join_branches(FEROutput(audio_logits=a, visual_logits=v, **here))
     assert torch.allclose(joint[0], (a.log_softmax(-1) + v.log_softmax(-1))[0] / 2)
     assert torch.allclose(joint[1], v.log_softmax(-1)[1])
-    alone = join_votes(FEROutput(audio_logits=a, audio_present=torch.tensor([True, True])))
+    alone = join_branches(FEROutput(audio_logits=a, audio_present=torch.tensor([True, True])))
     assert torch.allclose(alone, a.log_softmax(-1))
 
 
-@pytest.mark.parametrize("recipe", [*THREE_STAGES.values(), one_stage(CONFIG)])
-def test_json_round_trip(tmp_path, recipe):
-    save_recipe(recipe, tmp_path / "recipe.json")
-    assert load_recipe(tmp_path / "recipe.json") == recipe
+@pytest.mark.parametrize("plan", [*map(three_stages, RECIPES.values()), one_stage(CONFIG)])
+def test_json_round_trip(tmp_path, plan):
+    save_stages(plan, tmp_path / "stages.json")
+    assert load_stages(tmp_path / "stages.json") == plan
 
 
 @given(st.integers(3, 100))
@@ -176,13 +196,22 @@ def test_three_stages_take_as_many_epochs_as_one(epochs):
     assert sum(each) == epochs and min(each) >= 1 and abs(each[0] - each[2]) <= 1
 
 
-@pytest.mark.parametrize("epochs", [-1, 0, 1, 2])
+@pytest.mark.parametrize("epochs", [1, 2])
 def test_three_stages_need_three_epochs(epochs):
-    with pytest.raises(MmferError, match=f"cannot share {epochs} epochs"): three_stages(TrainConfig(epochs=epochs))
+    config = TrainConfig(epochs=epochs)
+    with pytest.raises(MmferError, match=f"cannot share {epochs} epochs"): three_stages(config)
+
+
+@given(st.integers(0, 2), st.sampled_from(["epochs", "batch_size", "patience", "seed"]), st.integers(50, 99))
+def test_what_differs_is_named_with_both_values(i, name, value):
+    other = three_stages(CONFIG)
+    before = getattr(other.stages[i].config, name)
+    setattr(other.stages[i].config, name, value)
+    assert diff_stages(three_stages(CONFIG), other) == {f"stages.{i}.config.{name}": (before, value)}
 
 
 def spoil(path, value=None):
-    "Plain data of a recipe with one key changed."
+    "Plain data of a plan with one key changed."
     data = to_dict(three_stages(CONFIG))
     *keys, last = [int(k) if k.isdigit() else k for k in path.split(".")]
     place = data
@@ -191,46 +220,64 @@ def spoil(path, value=None):
     return data
 
 
-@pytest.mark.parametrize("path, value, message", [
-    ("stages.1.config.lrr", 1, "stages.1.config.lrr is unknown"), ("stages.2.vot", "fused", "stages.2.vot is unknown"),
-    ("stagess", [], "key stagess is unknown"), ("stages.0.config.epochs", "3", "stages.0.config.epochs cannot be '3'"),
-    ("stages.1.config.epochs", 2.5, "stages.1.config.epochs cannot be 2.5"), ("stages.1.config.freeze", ["head"], "freeze names 'head'"),
-    ("stages.1.name", "branches", "stages.1.name 'branches' is taken"), ("stages.1.name", "../up", "is no plain word"),
-    ("stages.1.vote", "mine", "vote 'mine'"), ("stages.0.config.curriculum", 0.5, "stages.0.config.curriculum"),
-    ("stages.2.config.schedule", "step", "stages.2.config: schedule 'step'"), ("stages.1", {"config": {}}, "stages.1.name is missing"),
-    ("stages.0.config.epochs", 0, "stages.0.config.epochs cannot be 0"), ("stages.2.config.epochs", -3, "stages.2.config.epochs cannot be -3"),
-    ("stages.1.config.batch_size", 0, "stages.1.config.batch_size cannot be 0"),
-    ("stages.1.config.lr_fusion", -1.0, "stages.1.config.lr_fusion cannot be -1.0"),
-    ("stages.1.config.lr_fusion", float("nan"), "stages.1.config.lr_fusion cannot be nan"),
-    ("stages", [3], "stages.0 is 3: write it as an object"), ("stages.1", None, "stages.1 is None"), ("stages.1.config", 3, "stages.1.config is 3"),
-    ("stages", [], "no stages"), ("stages", None, "recipe.json")])
-def test_a_wrong_key_is_named_by_its_path(tmp_path, path, value, message):
-    file = tmp_path / "recipe.json"
+@pytest.mark.parametrize("path, value", [
+    ("stages.1.config.lrr", 1), ("stages.2.judge", "fused"), ("stagess", []), ("stages.0.config.epochs", "3"),
+    ("stages.1.config.epochs", 2.5), ("stages.0.config.epochs", 0), ("stages.2.config.epochs", -3),
+    ("stages.1.config.batch_size", 0), ("stages.1.config.lr_fusion", -1.0),
+    ("stages.1.config.lr_fusion", float("nan")),
+    ("stages.1.config.freeze.0", "head"), ("stages.2.config.schedule", "step"), ("stages.1.name", "../up"),
+    ("stages.1.name", "branches"), ("stages.1.judged", "mine"), ("stages.0.config.curriculum", 0.5),
+    ("stages.0", 3), ("stages.1", None), ("stages.1.config", 3), ("stages", []), ("stages", None)])
+def test_a_wrong_key_is_named_with_its_file(tmp_path, path, value):
+    file = tmp_path / "mine.json"
     file.write_text(json.dumps(spoil(path, value)))
-    with pytest.raises(MmferError, match="recipe.json") as e: load_recipe(file)
-    assert message in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(MmferError) as e: load_stages(file)
+    said = str(e.value)
+    assert said.startswith(f"{file}: ") and path in said and "\n" not in said
 
 
-def test_a_recipe_that_is_no_json(tmp_path):
-    (tmp_path / "recipe.json").write_text("{")
+def test_a_lost_key_is_named(tmp_path):
+    data = spoil("stages.1", {"config": {}})
+    (tmp_path / "mine.json").write_text(json.dumps(data))
+    with pytest.raises(MmferError, match="stages.1.name .*required"): load_stages(tmp_path / "mine.json")
+
+
+def test_a_file_that_is_no_plan(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
     (tmp_path / "number.json").write_text("3")
-    for words in ("recipe.json", "nothing.json", "number.json .* the recipe is 3"):
-        with pytest.raises(MmferError, match=words): load_recipe(tmp_path / words.split()[0])
+    for name in ("broken.json", "number.json", "nothing.json"):
+        with pytest.raises(MmferError, match=name) as e: load_stages(tmp_path / name)
+        assert "\n" not in str(e.value)
 
 
-def test_another_recipe_is_refused(unbroken):
+def test_a_stage_is_checked_when_it_is_built():
+    with pytest.raises(MmferError, match="judged|2"): Stage("one", CONFIG, "mine")
+    with pytest.raises(MmferError, match="stages|0"): StagesConfig([])
+
+
+def test_other_stages_are_refused(unbroken):
     out, _, _ = unbroken
-    again = lambda recipe, **how: run_stages(build(norm="batch"), recipe, Clips(6), Clips(3), out, **how)
+    def again(plan, **how): return run_stages(build(norm="batch"), plan, Clips(6), Clips(3), out, **how)
     with pytest.raises(MmferError, match="already holds a run"): again(three_stages(CONFIG))
     longer = three_stages(CONFIG)
     longer.stages[2].config.epochs = 9
-    with pytest.raises(MmferError, match="stages.2.config.epochs is 2 there and 9 here"): again(longer, resume=True)
-    with pytest.raises(MmferError, match="stages is .*'fusion'.* there and .*'end_to_end'.* here"): again(one_stage(CONFIG), resume=True)
+    with pytest.raises(MmferError, match="stages.2.config.epochs is 2 there and 9 here"):
+        again(longer, resume=True)
+    with pytest.raises(MmferError, match="stages is .*'fusion'.* there and .*'end_to_end'.* here"):
+        again(one_stage(CONFIG), resume=True)
+    inside = out / "1_branches"
     with pytest.raises(MmferError, match="without stages"):
-        run_stages(build(norm="batch"), three_stages(CONFIG), Clips(), Clips(3), out / "1_branches", resume=True)
-    workers = three_stages(CONFIG)
-    workers.stages[0].config.save_every = 1  # changes nothing in the result
-    again(workers, resume=True)
+        run_stages(build(norm="batch"), three_stages(CONFIG), Clips(), Clips(3), inside, resume=True)
+    kept = three_stages(CONFIG)
+    kept.stages[0].config.save_every = 1  # changes nothing in the result
+    again(kept, resume=True)
+
+
+def test_a_curriculum_in_the_first_stage_is_refused_before_anything_is_written(tmp_path):
+    plan = one_stage(replace(CONFIG, curriculum=0.5))
+    with pytest.raises(MmferError, match="stages.0.config.curriculum needs a stage before it"):
+        run_stages(build(), plan, Clips(), Clips(3), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class Rigged(torch.nn.Module):
@@ -240,7 +287,8 @@ class Rigged(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, audio, audio_lengths, video_lengths):
-        return SimpleNamespace(logits=F.pad(audio.sum(1, keepdim=True) * self.scale / audio_lengths[:, None], (0, 7)))
+        mean = audio.sum(1, keepdim=True) * self.scale / audio_lengths[:, None]
+        return SimpleNamespace(logits=F.pad(mean, (0, 7)))
 
 
 def loud(level, n=10): return dict(audio=torch.full((n,), level), label=0, clip=f"level {level}")
@@ -250,28 +298,30 @@ def test_difficulty_sorts_by_loss():
     data = [loud(level, n) for n, level in enumerate((0.0, 3.0, -2.0, 1.0, 5.0), start=5)]
     model = Rigged().train()
     order = difficulty(model, data, batch_size=2, progress=False)
-    assert list(order.index) == ["level 5.0", "level 3.0", "level 1.0", "level 0.0", "level -2.0"] and model.training
+    assert list(order.index) == [f"level {level}" for level in (5.0, 3.0, 1.0, 0.0, -2.0)] and model.training
     by_hand = torch.tensor([5.0, 3.0, 1.0, 0.0, -2.0])
     expected = torch.log(by_hand.exp() + 7) - by_hand
     assert torch.allclose(torch.tensor(order.to_numpy()), expected.double(), atol=1e-5)
 
 
 def test_difficulty_of_a_clip_that_is_no_number():
-    with pytest.raises(MmferError, match="level nan"): difficulty(Rigged(), [loud(1.0), loud(float("nan"))], progress=False)
+    data = [loud(1.0), loud(float("nan"))]
+    with pytest.raises(MmferError, match="level nan"): difficulty(Rigged(), data, progress=False)
 
 
 def test_a_curriculum_asks_the_stage_before(tmp_path, monkeypatch):
-    recipe, asked = three_stages(CONFIG), {}
-    for stage in recipe.stages[1:]: stage.config.curriculum = 0.4
+    plan = three_stages(CONFIG)
+    asked = {}
+    for stage in plan.stages[1:]: stage.config.curriculum = 0.4
     fit = Trainer.fit
 
     def note(self):
-        asked[self.out.name] = self.facts["easiest"]
+        asked[self.run.path.name] = self.facts["easiest"]
         return fit(self)
     monkeypatch.setattr(Trainer, "fit", note)
-    run_stages(build(), recipe, Clips(), Clips(3), tmp_path)
+    run_stages(build(), plan, Clips(), Clips(3), tmp_path)
     model = MultimodalFER.from_pretrained(tmp_path / "1_branches" / "best")
-    with branches_vote(model): order = difficulty(model, Clips(), progress=False)
+    with judge_branches(model): order = difficulty(model, Clips(), progress=False)
     written = pd.Series(json.loads((tmp_path / "2_fusion" / "difficulty.json").read_text()))
     pd.testing.assert_series_equal(written, order, check_names=False, rtol=1e-4)
     names = [row["clip"] for row in Clips().rows]

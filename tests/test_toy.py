@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfer.core import EMOTIONS, MmferError
+from mmfer.core import MmferError
+from mmfer.corpus import RAVDESS_EMOTIONS
 from mmfer.media import SAMPLE_RATE, read_clip
-from mmfer.toy import (FACE_GROUPS, FACES, REST, VOICE_GROUPS, VOICES, _cue, _make_clip, bound, cue_weight, draw_face, group_of,
-                       make_actor, make_toy, perform, pose, say, script)
+from mmfer.toy import (
+    FACE_GROUPS, FACES, REST, VOICE_GROUPS, VOICES, _cue, _make_clip, bound, cue_weight, draw_face, group_of,
+    make_actor, make_toy, perform, pose, say, script)
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +24,16 @@ def toy(tmp_path_factory):
 
 def test_every_emotion_has_its_own_pair_of_groups():
     for groups in (VOICE_GROUPS, FACE_GROUPS):
-        assert sorted(e for members in groups.values() for e in members) == sorted(EMOTIONS)
+        assert sorted(e for members in groups.values() for e in members) == sorted(RAVDESS_EMOTIONS)
         assert {len(members) for members in groups.values()} == {2}
     assert set(VOICES) == set(VOICE_GROUPS) and set(FACES) == set(FACE_GROUPS)
     assert (bound("audio"), bound("visual"), bound("both")) == (0.5, 0.5, 1.0)
 
 
-@given(st.lists(st.sampled_from(EMOTIONS), min_size=4, max_size=4))
+@given(st.lists(st.sampled_from(RAVDESS_EMOTIONS), min_size=4, max_size=4))
 def test_no_rule_over_voice_groups_beats_the_bound(answers):
     said = dict(zip(VOICE_GROUPS, answers))
-    recall = [said[group_of(VOICE_GROUPS, e)] == e for e in EMOTIONS]
+    recall = [said[group_of(VOICE_GROUPS, e)] == e for e in RAVDESS_EMOTIONS]
     assert np.mean(recall) <= bound("audio")
 
 
@@ -40,7 +42,8 @@ def test_names_are_those_of_ravdess(toy):
     assert len(clips) == 30 and {c.parent.name for c in clips} == {"Actor_01", "Actor_02"}
     for clip in clips:
         modality, channel, emotion, intensity, statement, repetition, actor = map(int, clip.stem.split("-"))
-        assert (modality, channel) == (1, 1) and 1 <= emotion <= 8 and {intensity, statement, repetition} <= {1, 2}
+        assert (modality, channel) == (1, 1) and 1 <= emotion <= 8
+        assert {intensity, statement, repetition} <= {1, 2}
         assert clip.parent.name == f"Actor_{actor:02}" and (emotion, intensity) != (1, 2)
 
 
@@ -58,7 +61,7 @@ def test_truth_lies_inside_the_clip(toy):
         x0, y0, x1, y1 = t["box"]
         assert 0 < t["start"] < t["end"] < 2.0 and 0.5 < t["end"] - t["start"] < 0.85
         assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
-        emotion = EMOTIONS[int(stem[6:8]) - 1]
+        emotion = RAVDESS_EMOTIONS[int(stem[6:8]) - 1]
         assert emotion in VOICE_GROUPS[t["voice_group"]] and emotion in FACE_GROUPS[t["face_group"]]
 
 
@@ -89,9 +92,9 @@ def test_a_clip_does_not_depend_on_the_size_of_the_corpus(toy, tmp_path):
 
 def test_faces_of_a_group_are_the_same_picture_and_groups_differ():
     actor = make_actor(1)
-    faces = {e: draw_face(actor, pose(group_of(FACE_GROUPS, e), 1.0)) for e in EMOTIONS}
-    for a in EMOTIONS:
-        for b in EMOTIONS:
+    faces = {e: draw_face(actor, pose(group_of(FACE_GROUPS, e), 1.0)) for e in RAVDESS_EMOTIONS}
+    for a in RAVDESS_EMOTIONS:
+        for b in RAVDESS_EMOTIONS:
             alike = group_of(FACE_GROUPS, a) == group_of(FACE_GROUPS, b)
             assert (faces[a] == faces[b]).all() == alike
 
@@ -117,7 +120,8 @@ def test_voices_differ_inside_the_cue_and_agree_outside():
     weight = cue_weight(t, 0.8, 1.5)
     voices = {g: say(make_actor(2), g, weight, 1, np.random.default_rng(0)) for g in VOICES}
     before = t < 0.75
-    level = {g: 10 * np.log10((x[weight > 0.9] ** 2).mean() / (x[before] ** 2).mean()) for g, x in voices.items()}
+    level = {g: 10 * np.log10((x[weight > 0.9] ** 2).mean() / (x[before] ** 2).mean()) for g,
+             x in voices.items()}
     for x in voices.values(): np.testing.assert_allclose(x[before], voices["flat"][before], atol=1e-3)
     assert level["loud"] > level["trembling"] + 3 > level["soft"] + 10
     assert level["soft"] < level["flat"] - 5
@@ -141,7 +145,8 @@ make_toy(sys.argv[1], actors=1, clips_per_actor=2, workers=2, progress=False)
 
 
 def test_opencv_may_be_busy_before(tmp_path):
-    subprocess.run([sys.executable, "-c", BUSY, tmp_path / "toy"], timeout=120, check=True)  # its threads would not survive the fork
+    # its threads would not survive the fork
+    subprocess.run([sys.executable, "-c", BUSY, tmp_path / "toy"], timeout=120, check=True)
     assert len(list(tmp_path.rglob("*.mp4"))) == 2
 
 

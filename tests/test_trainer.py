@@ -1,4 +1,4 @@
-"""Training: the same seed gives the same run, partial groups count, the first step is small, bad losses stop it."""
+"""Training: the same seed gives the same run, every setting takes effect, the right epoch is kept."""
 import json
 import math
 import multiprocessing
@@ -9,233 +9,170 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 from torch.utils.data import Subset
 
+from mmfer import trainer as trainer_module
+from mmfer.augment import mix_batch
 from mmfer.core import MmferError, seed_everything
-from mmfer.datasets import ClipDataset, collate
+from mmfer.corpus import RAVDESS_EMOTIONS, Corpus
 from mmfer.losses import class_weights
-from mmfer.model import MultimodalFER
+from mmfer.model import MultimodalFER, preset_config
+from mmfer.processor import ClipDataset, Processor, collate, model_inputs
+from mmfer.runs import load_run
+from mmfer.toy import make_toy
 from mmfer.trainer import (
-    RECIPES, Trainer, TrainSet, augment_clip, clip_labels, mix_batch, parameter_groups, rate_at, rate_with_restarts, require_possible,
-    training_mode)
+    RECIPES, ClipOrder, TrainConfig, Trainer, Updater, best_row, clip_labels, epochs_without_gain,
+    make_accelerator, make_loss, make_schedule, parameter_groups, training_mode, with_min_updates)
 
 RECIPE = replace(RECIPES["tiny"], epochs=2, batch_size=2, warmup_epochs=0.5)
+TIMES = ("seconds", "data_wait")
 
 
 class Clips(torch.utils.data.Dataset):
     "Made-up clips in memory: five of them, so that the last batch is smaller."
     def __init__(self, n=5, broken=None):
         g = torch.Generator().manual_seed(0)
-        self.items = [dict(audio=0.1 * torch.randn(8_000, generator=g), label=i % 8, clip=f"clip-{i}",
-                           video=torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=g)) for i in range(n)]
+        self.items = [self.made_up(i, g) for i in range(n)]
         if broken is not None: self.items[broken]["audio"][100] = float("nan")
+
+    def made_up(self, i, g):
+        audio = 0.1 * torch.randn(8_000, generator=g)
+        video = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=g)
+        return dict(audio=audio, label=i % 8, clip=f"clip-{i}", video=video)
 
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return dict(self.items[i])
 
 
-def without_times(history):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "data_wait")} for row in history]
+def tiny(seed=0, system="lfm2"):
+    seed_everything(seed)
+    return MultimodalFER.from_preset("tiny", RAVDESS_EMOTIONS, system)
 
 
-def run(out, data=None, **changes):
-    seed_everything(0)
-    model = MultimodalFER.from_preset("tiny")
-    trainer = Trainer(model, replace(RECIPE, **changes), data or Clips(), Clips(3), out)
+def build(out, data=None, kind=Trainer, model=None, val=None, **changes):
+    "A trainer that has not begun."
+    model = tiny() if model is None else model
+    return kind(model, replace(RECIPE, **changes), data or Clips(), val or Clips(3), out)
+
+
+def run(out, *args, **changes):
+    trainer = build(out, *args, **changes)
     trainer.fit()
-    return trainer, model
+    return trainer
 
+
+def without_times(history):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in history]
+
+
+def copy_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# the same run
 
 def test_same_seed_same_weights(tmp_path):
-    (a, first), (b, second) = run(tmp_path / "a"), run(tmp_path / "b")
-    assert all(torch.equal(p, q) for p, q in zip(first.state_dict().values(), second.state_dict().values()))
-    assert without_times(a.history) == without_times(b.history)
-    _, other = run(tmp_path / "c", seed=1)
-    assert not all(torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters()))
+    first = run(tmp_path / "a")
+    second = run(tmp_path / "b")
+    assert same(first.model.state_dict(), second.model.state_dict())
+    assert without_times(first.progress.history) == without_times(second.progress.history)
+    other = run(tmp_path / "c", seed=1)
+    assert not same(first.model.state_dict(), other.model.state_dict())
+
+
+def test_it_is_the_plain_loop(tmp_path):
+    "Accumulation, clipping, warmup, cosine, smoothing and the losses of the branches, by hand."
+    rates = dict(lr_branches=1e-3, lr_fusion=2e-3, lr_classifier=3e-3)
+    trainer = run(tmp_path, accumulation=2, max_grad_norm=0.5, warmup_epochs=1.0, **rates)
+    model = tiny()
+    clips = Clips()
+    rates = {model.audio: 1e-3, model.visual: 1e-3, model.fusion: 2e-3, model.classifier: 3e-3}
+    groups = [dict(params=part.parameters()) for part in rates]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    loss = make_loss(model, RECIPE)
+    share = iter([1 / 3, 2 / 3, 1.0, 0.5])  # two updates of warmup; then half a cosine, begun and half done
+    seed_everything(0)
+    for epoch in range(2):
+        model.train()
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(epoch)).tolist()
+        for group in ([order[:2], order[2:4]], [order[4:]]):
+            now = next(share)
+            for g, rate in zip(optimizer.param_groups, rates.values()): g["lr"] = rate * now
+            for part in group:
+                batch = collate([clips[i] for i in part])
+                (loss(model(**model_inputs(batch)), batch["labels"])["total"] / 2).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(trainer.model.parameters(), model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_workers_change_nothing(tmp_path):
+    histories = [run(tmp_path / str(n), workers=n, augment=True, mixup=0.3).progress.history for n in (0, 1)]
+    assert without_times(histories[0]) == without_times(histories[1])
+
+
+# batches
+
+@given(clips=st.integers(1, 40), batch_size=st.integers(1, 9), processes=st.integers(1, 4),
+       epoch=st.integers(0, 5), curriculum=st.floats(0.1, 1))
+def test_the_processes_share_the_clips_of_an_epoch(clips, batch_size, processes, epoch, curriculum):
+    config = TrainConfig(epochs=6, batch_size=batch_size, curriculum=curriculum)
+    easiest = list(reversed(range(clips)))
+    orders = [ClipOrder(clips, config, easiest, process, processes) for process in range(processes)]
+    for order in orders: order.epoch = epoch
+    shares = [list(order) for order in orders]
+    each = orders[0].batches_in(epoch)
+    assert {*map(len, shares)} == {*map(len, orders)} == {each}
+    assert all(1 <= len(batch) <= batch_size for share in shares for batch in share)
+    seen = [clip for share in shares for batch in share for clip, _ in batch]
+    count = orders[0].clips_in(epoch)
+    assert sorted(set(seen)) == sorted(easiest[:count])
+    assert len(seen) - count == -count % processes  # only what makes the shares equal is seen twice
+    assert {e for share in shares for batch in share for _, e in batch} == {epoch}
+
+
+@given(clips=st.integers(1, 30), batch_size=st.integers(1, 5), processes=st.integers(1, 3), data=st.data())
+def test_a_second_start_gets_the_batches_that_are_left(clips, batch_size, processes, data):
+    order = ClipOrder(clips, TrainConfig(batch_size=batch_size), process=processes - 1, processes=processes)
+    whole = list(order)
+    order.start = data.draw(st.integers(0, len(whole)))
+    assert list(order) == whole[order.start:] and len(order) == len(whole) - order.start
 
 
 @pytest.mark.parametrize("accumulation, updates", [(1, 3), (2, 2), (3, 1), (4, 1)])
 def test_the_last_partial_group_is_an_update(tmp_path, accumulation, updates):
-    trainer, _ = run(tmp_path, accumulation=accumulation, epochs=1)
-    assert trainer.step == updates == math.ceil(math.ceil(5 / 2) / accumulation)
+    trainer = run(tmp_path, accumulation=accumulation, epochs=1)
+    assert trainer.progress.step == updates == math.ceil(math.ceil(5 / 2) / accumulation)
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
-
-
-def test_the_first_step_runs_at_the_warmup_rate(tmp_path):
-    seed_everything(0)
-    trainer = Trainer(MultimodalFER.from_preset("tiny"), replace(RECIPE, warmup_epochs=1.0), Clips(), Clips(3), tmp_path)
-    rates = {g["name"]: g["lr"] for g in trainer.optimizer.param_groups}
-    assert rates["fusion"] == pytest.approx(RECIPE.lr_fusion / 4)  # three updates of warmup
-    assert rate_at(0, 3, 6) == 0.25 and rate_at(3, 3, 6) == 1.0
-
-
-def test_a_loss_that_is_no_number_stops_with_the_clips_name(tmp_path):
-    with pytest.raises(MmferError, match="clip-3"): run(tmp_path, data=Clips(broken=3))
-
-
-def test_frozen_parts_do_not_move(tmp_path):
-    seed_everything(0)
-    model = MultimodalFER.from_preset("tiny")
-    model.visual.requires_grad_(False)
-    before = {k: v.clone() for k, v in model.visual.named_parameters()}
-    Trainer(model, replace(RECIPE, epochs=1), Clips(), Clips(3), tmp_path).fit()
-    assert all(torch.equal(v, before[k]) for k, v in model.visual.named_parameters())
-    assert sum(len(g["params"]) for g in parameter_groups(model, RECIPE)) == sum(p.requires_grad for p in model.parameters())
-
-
-def test_best_is_the_best_epoch_and_the_history_is_on_disk(tmp_path):
-    trainer, _ = run(tmp_path, epochs=3)
-    rows = json.loads((tmp_path / "training_history.json").read_text())
-    assert rows == trainer.history and [r["epoch"] for r in rows] == [0, 1, 2]
-    best = max(rows, key=lambda r: (r["val_uar"], -r["val_loss"]))
-    assert [r for r in rows if r["best"]][-1] == best
-    for name in ("best", "last"): MultimodalFER.from_pretrained(tmp_path / name)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "restarts", "plateau"])
-def test_every_schedule_starts_small(schedule, tmp_path):
-    trainer = Trainer(MultimodalFER.from_preset("tiny"), replace(RECIPE, warmup_epochs=1.0, schedule=schedule), Clips(), Clips(3), tmp_path)
-    rates = {g["name"]: g["lr"] for g in trainer.optimizer.param_groups}
-    assert rates["branches"] == pytest.approx(RECIPE.lr_branches / 4) and rates["classifier"] == pytest.approx(RECIPE.lr_classifier / 4)
-
-
-def test_restarts_end_at_the_lowest_rate_and_start_again():
-    shares = [rate_with_restarts(s, 5, 100, floor=0.01) for s in range(5 + 100 + 200 + 1)]
-    assert shares[5] == shares[105] == shares[305] == 1.0
-    assert 0.01 < shares[104] < 0.011 and 0.01 < shares[304] < shares[104]
-    assert all(a > b for a, b in zip(shares[105:305], shares[106:305]))
-
-
-def test_a_plateau_halves_the_rate_of_every_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "validate", lambda self: dict(val_loss=1.0, val_war=0.5, val_uar=0.5))
-    trainer, _ = run(tmp_path, data=Clips(2), schedule="plateau", warmup_epochs=1.0, epochs=9, lr_fusion=1e-3, freeze=["visual"])
-    rates = [row["lr"] / RECIPE.lr_branches for row in trainer.history]
-    assert rates == pytest.approx([1 / 2] + [1.0] * 6 + [0.5] * 2)  # the first value counts as a gain, then six without one
-    assert trainer.optimizer.param_groups[1]["lr"] == pytest.approx(5e-4)
-
-
-def test_it_stops_when_nothing_is_gained(tmp_path, monkeypatch):
-    values = iter([0.2, 0.5, 0.5005, 0.4, 0.9])
-    monkeypatch.setattr(Trainer, "validate", lambda self: dict(val_loss=1.0, val_war=0.5, val_uar=next(values)))
-    trainer, _ = run(tmp_path, data=Clips(2), epochs=5, patience=2)
-    assert [row["val_uar"] for row in trainer.history] == [0.2, 0.5, 0.5005, 0.4]
-
-
-def test_a_frozen_part_keeps_its_running_averages_and_drops_nothing(tmp_path):
-    seed_everything(0)
-    model = MultimodalFER.from_preset("tiny")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    trainer = Trainer(model, replace(RECIPE, epochs=1, freeze=["audio", "classifier"]), Clips(), Clips(3), tmp_path)
-    trainer.fit()
-    same = {k: torch.equal(v, before[k]) for k, v in model.state_dict().items()}
-    assert all(same[k] for k in same if k.startswith(("audio.", "classifier.")))
-    assert not any(v for k, v in same.items() if k.startswith("fusion.") and k.endswith("proj.weight"))
-    training_mode(model, trainer.frozen)
-    assert not any(m.training for part in (model.audio, model.classifier) for m in part.modules()) and model.fusion.training
-    with pytest.raises(MmferError, match="'nose', which is no part"): run(tmp_path / "b", freeze=["nose"])
-
-
-def test_all_frozen_is_refused(tmp_path):
-    with pytest.raises(MmferError, match="every part is frozen"): run(tmp_path, freeze=["audio", "visual", "fusion", "classifier"])
-
-
-def test_labels_are_read_without_decoding():
-    table = pd.DataFrame(dict(path=["a.mp4", "b.mp4", "c.mp4"], label=[3, 1, 3], clip=["a", "b", "c"]))  # none of them exists
-    assert clip_labels(Subset(ClipDataset(table), [2, 1])).to_dict() == {"c": 3, "b": 1}
-    assert clip_labels(Clips(3)).tolist() == [0, 1, 2]
-
-
-def test_class_weights_come_from_the_training_labels(tmp_path):
-    data = Subset(Clips(9), [0, 8, 1])  # clip 8 has label 0 again
-    trainer = Trainer(MultimodalFER.from_preset("tiny"), replace(RECIPE, class_weights=True), data, Clips(3), tmp_path)
-    assert torch.equal(trainer.objective.loss.class_weights, class_weights([0, 0, 1]))
-
-
-def test_mixup_blends_tokens_as_it_blends_pictures():
-    pictures = collate([Clips(4)[i] for i in range(4)]) | dict(video=torch.rand(4, 2, 5, 3, 7))
-    tokens = pictures | dict(video=None, video_tokens=pictures["video"].flatten(3))
-    results = []
-    for batch in (pictures, tokens):
-        torch.manual_seed(0)
-        results.append(mix_batch(batch, 0.4))
-    (a, labels), (b, others) = results
-    assert torch.equal(labels, others) and torch.equal(a["video"].flatten(3), b["video_tokens"]) and b["video"] is None
-    assert not torch.equal(a["video"], pictures["video"]) and torch.equal(a["audio"], b["audio"])
-
-
-def test_augmentation_hangs_on_seed_epoch_and_clip_alone():
-    torch.manual_seed(0)
-    data, before = TrainSet(Clips(3), augment=True, seed=0), torch.get_rng_state()
-    a, b, other = data[1, 4], data[1, 5], TrainSet(Clips(3), augment=True, seed=1)[1, 4]
-    assert torch.equal(before, torch.get_rng_state())
-    torch.rand(7)
-    assert torch.equal(data[1, 4]["video"], a["video"]) and torch.equal(data[1, 4]["audio"], a["audio"])
-    assert not torch.equal(a["video"], b["video"]) and not torch.equal(a["video"], other["video"])
-
-
-def test_the_mask_is_cropped_and_flipped_with_the_pictures():
-    mask = torch.zeros(4, 8, 8, dtype=torch.bool)
-    mask[:, :, :4] = True
-    video = torch.where(mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 255, 0).expand(4, 3, 64, 64).to(torch.uint8)
-    for seed in range(8):
-        torch.manual_seed(seed)
-        item = augment_clip(dict(video=video, roi_mask=mask.flatten(1), label=0, clip="half"))
-        bright = torch.nn.functional.adaptive_avg_pool2d(item["video"].float().mean(1), 8).flatten(1) > 100
-        assert (bright == item["roi_mask"]).float().mean() > 0.87  # but for the column where the edge falls
 
 
 def test_a_curriculum_begins_with_the_easiest_clips(tmp_path):
     seen = []
 
     class Watch(Trainer):
-        def _train_step(self, batch):
-            seen.append((len(self.history), batch["clip"]))
-            return super()._train_step(batch)
+        def train_step(self, batch):
+            seen.append((self.progress.epoch, batch["clip"]))
+            return super().train_step(batch)
 
     loss = pd.Series({f"clip-{i}": float(9 - i) for i in range(8)})
-    Watch(MultimodalFER.from_preset("tiny"), replace(RECIPE, epochs=4, curriculum=0.5), Clips(8), Clips(3), tmp_path, difficulty=loss).fit()
+    recipe = replace(RECIPE, epochs=4, curriculum=0.5)
+    Watch(tiny(), recipe, Clips(8), Clips(3), tmp_path, difficulty=loss).fit()
     epochs = [{c for e, clips in seen if e == epoch for c in clips} for epoch in range(4)]
-    assert epochs[0] == {"clip-4", "clip-5", "clip-6", "clip-7"} and epochs[0] < epochs[1] and list(map(len, epochs)) == [4, 6, 8, 8]
-    with pytest.raises(MmferError, match="curriculum needs the difficulty"): run(tmp_path / "b", curriculum=0.5)
+    assert epochs[0] == {"clip-4", "clip-5", "clip-6", "clip-7"} and epochs[0] < epochs[1]
+    assert list(map(len, epochs)) == [4, 6, 8, 8]
+    with pytest.raises(MmferError, match="a curriculum needs the difficulty"):
+        run(tmp_path / "b", curriculum=0.5)
     with pytest.raises(MmferError, match="difficulty of clip-0 is not known"):
-        Trainer(MultimodalFER.from_preset("tiny"), replace(RECIPE, curriculum=0.5), Clips(8), Clips(3), tmp_path / "c", difficulty=loss[1:])
-
-
-def test_gradient_checkpointing_changes_nothing_but_the_memory(tmp_path):
-    (a, one), (b, two) = run(tmp_path / "a", epochs=1), run(tmp_path / "b", epochs=1, gradient_checkpointing=True)
-    assert any(getattr(m, "gradient_checkpointing", False) for m in two.modules())
-    for p, q in zip(one.parameters(), two.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
-
-
-def test_the_vision_tower_is_compiled_when_asked(tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
-    _, model = run(tmp_path, data=Clips(2), epochs=1, compile=True)
-    assert compiled == [model.visual.vision]
-
-
-def test_tensorboard_holds_the_history(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    trainer, _ = run(tmp_path, trackers=["tensorboard"])
-    events = EventAccumulator(str(tmp_path / "logs" / "mmfer")).Reload()
-    assert [e.value for e in events.Scalars("train_loss")] == pytest.approx([row["train_loss"] for row in trainer.history])
-    assert [e.step for e in events.Scalars("val_uar")] == [1, 2]
-
-
-def test_trackers_that_are_not_there_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmfer.trainer.find_spec", lambda name: None)
-    with pytest.raises(MmferError, match="tracker wandb is not installed"): run(tmp_path, trackers=["wandb"])
-    with pytest.raises(MmferError, match="tracker 'paper' is unknown"): run(tmp_path, trackers=["paper"])
-
-
-@pytest.mark.parametrize("changes, advice", [
-    (dict(batch_size=4), "try batch_size=2 with accumulation=2"), (dict(batch_size=1), "try gradient_checkpointing=True"),
-    (dict(batch_size=1, gradient_checkpointing=True), "try shorter clips")])
-def test_a_full_memory_ends_with_the_next_thing_to_try(changes, advice, tmp_path, monkeypatch):
-    def full(*args): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nA page of text.")
-    monkeypatch.setattr("mmfer.trainer.MultimodalLoss.forward", full)
-    with pytest.raises(MmferError, match=f"the memory of the device is full: {advice}") as e: run(tmp_path, **changes)
-    assert "\n" not in str(e.value)
+        Trainer(tiny(), recipe, Clips(8), Clips(3), tmp_path / "c", difficulty=loss[1:])
 
 
 def test_time_spent_waiting_for_clips(tmp_path):
@@ -244,21 +181,451 @@ def test_time_spent_waiting_for_clips(tmp_path):
             time.sleep(0.2)
             return super().__getitem__(i)
 
-    waits = {name: run(tmp_path / name, data=data, epochs=1, batch_size=5)[0].history[0]["data_wait"] for name, data in
-             dict(slow=Slow(), fast=Clips()).items()}
-    assert 0 <= waits["fast"] < 0.2 < 0.5 < waits["slow"] < 1
+    fast = run(tmp_path / "fast", epochs=1, batch_size=5).progress.history[0]
+    slow = run(tmp_path / "slow", Slow(), epochs=1, batch_size=5).progress.history[0]
+    assert 0 <= fast["data_wait"] < 0.2 < 0.5 < slow["data_wait"] < 1
 
 
-def test_workers_change_nothing(tmp_path):
-    alone, helped = (run(tmp_path / str(n), workers=n, augment=True, mixup=0.3)[0] for n in (0, 1))
-    assert without_times(alone.history) == without_times(helped.history)
+@given(clips=st.integers(1, 2000), batch_size=st.integers(1, 32), accumulation=st.integers(1, 4))
+def test_enough_updates(clips, batch_size, accumulation):
+    config = TrainConfig(epochs=3, batch_size=batch_size, accumulation=accumulation)
+    per_epoch = math.ceil(math.ceil(clips / batch_size) / accumulation)
+    epochs = with_min_updates(config, clips, updates=100).epochs
+    assert epochs * per_epoch >= 100 and epochs >= 3
+    assert epochs == 3 or (epochs - 1) * per_epoch < 100
+
+
+# rates and updates
+
+def rates_of(config, per_epoch, total, rate=1.0):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    schedule = make_schedule(optimizer, config, per_epoch, total)
+    rates = []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@given(warmup=st.integers(0, 12), more=st.integers(1, 60))
+def test_cosine_with_warmup(warmup, more):
+    rates = rates_of(TrainConfig(schedule="cosine", warmup_epochs=float(warmup)), 1, warmup + more)
+    wanted = [(s + 1) / (warmup + 1) for s in range(warmup)]
+    wanted += [0.5 * (1 + math.cos(math.pi * s / more)) for s in range(more)]
+    assert rates == pytest.approx(wanted, abs=1e-6)
+
+
+@given(warmup=st.integers(0, 5), per_epoch=st.integers(1, 3))
+def test_restarts_fall_twice_as_long_each_time(warmup, per_epoch):
+    config = TrainConfig(schedule="restarts", warmup_epochs=float(warmup))
+    rates = rates_of(config, per_epoch, (warmup + 31) * per_epoch, rate=1e-4)[warmup * per_epoch:]
+    for start, length in ((0, 10 * per_epoch), (10 * per_epoch, 20 * per_epoch)):
+        wanted = [1e-6 + 0.99e-4 * 0.5 * (1 + math.cos(math.pi * s / length)) for s in range(length)]
+        assert rates[start:start + length] == pytest.approx(wanted, rel=1e-5)
+    assert rates[30 * per_epoch] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "restarts", "plateau"])
+def test_every_schedule_starts_small(schedule, tmp_path):
+    trainer = build(tmp_path, warmup_epochs=1.0, schedule=schedule)
+    full = dict(branches=RECIPE.lr_branches, fusion=RECIPE.lr_fusion, classifier=RECIPE.lr_classifier)
+    quarter = {name: rate / 4 for name, rate in full.items()}
+    assert trainer.updater.rates == pytest.approx(quarter)  # three updates of warmup
+
+
+def test_the_first_update_is_made_at_the_first_rate(tmp_path):
+    trainer = build(tmp_path, warmup_epochs=1.0, weight_decay=0.0, lr_classifier=1e-3)
+    before = [p.detach().clone() for p in trainer.model.classifier.parameters()]
+    trainer.train_step(next(trainer.batches.rest(trainer.progress)))
+    moved = max((p - old).abs().max().item() for p, old in zip(trainer.model.classifier.parameters(), before))
+    assert moved == pytest.approx(1e-3 / 4, rel=0.01)  # AdamW's first step is as long as its rate
+
+
+def test_each_part_has_its_own_rate(tmp_path):
+    rates = dict(lr_branches=1e-4, lr_fusion=2e-4, lr_classifier=3e-4)
+    trainer = build(tmp_path, warmup_epochs=0.0, alignment_loss=0.1, **rates)
+    model = trainer.model
+    wanted = {id(p): 1e-4 for part in (model.audio, model.visual) for p in part.parameters()}
+    wanted |= {id(p): 2e-4 for part in (model.fusion, trainer.objective.loss) for p in part.parameters()}
+    wanted |= {id(p): 3e-4 for p in model.classifier.parameters()}
+    assert {id(p): g["lr"] for g in trainer.updater.optimizer.param_groups for p in g["params"]} == wanted
+    assert len(list(trainer.objective.loss.parameters())) == 2  # a projection for each branch
+
+
+def updater_of(weight, out, **changes):
+    config = TrainConfig(warmup_epochs=0.0, **changes)
+    groups = [dict(params=[weight], lr=0.1, name="all")]
+    return Updater(groups, config, per_epoch=10, total=10, accelerator=make_accelerator(config, out))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_weight_decay_takes_effect(decay, tmp_path):
+    weight = nn.Parameter(torch.ones(()))
+    updater = updater_of(weight, tmp_path, weight_decay=decay)
+    updater.add(0.0 * weight, ["no clip"], complete=True)  # no gradient: what moves the weight is decay alone
+    assert weight.item() == pytest.approx(1 - 0.1 * decay)
+
+
+@pytest.mark.parametrize("longest, length", [(0.5, 0.5), (100.0, 3.0), (0.0, 3.0)])  # 0: never
+def test_long_gradients_are_shortened(longest, length, tmp_path):
+    weight = nn.Parameter(torch.ones(()))
+    updater = updater_of(weight, tmp_path, max_grad_norm=longest)
+    updater.add(3 * weight, ["no clip"], complete=True)
+    seen = updater.optimizer.state_dict()["state"][0]["exp_avg"].item()  # a tenth of the first gradient
+    assert 10 * seen == pytest.approx(length, rel=1e-4)
+
+
+def test_a_plateau_halves_the_rate_of_every_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "validate", lambda self: dict(val_loss=1.0, val_war=0.5, val_uar=0.5))
+    changes = dict(schedule="plateau", warmup_epochs=1.0, epochs=9, lr_fusion=1e-3, freeze=["visual"])
+    trainer = run(tmp_path, Clips(2), **changes)
+    rates = [row["lr"] / RECIPE.lr_branches for row in trainer.progress.history]
+    assert rates == pytest.approx([1 / 2] + [1.0] * 6 + [0.5] * 2)  # the first value is a gain, six are none
+    assert trainer.updater.rates["fusion"] == pytest.approx(5e-4)
+
+
+def test_two_trainers_in_one_process_keep_their_accumulation(tmp_path):
+    made = [build(tmp_path / str(n), epochs=1, accumulation=n) for n in (2, 1)]
+    for trainer in made: trainer.fit()
+    assert [trainer.progress.step for trainer in made] == [2, 3]  # 5 clips are 3 batches
+
+
+# losses
+
+def test_the_losses_have_the_weights_of_the_recipe(tmp_path):
+    recipe = TrainConfig(audio_loss=0.7, visual_loss=0.2, alignment_loss=0.4, label_smoothing=0.3)
+    loss = make_loss(tiny(), recipe)
+    assert loss.weights == dict(fused=1.0, audio=0.7, visual=0.2, alignment=0.4)
+    assert loss.label_smoothing == 0.3
+    row = run(tmp_path, Clips(4), epochs=1, audio_loss=0.7, visual_loss=0.2).progress.history[0]
+    total = row["train_fused"] + 0.7 * row["train_audio"] + 0.2 * row["train_visual"]
+    assert row["train_loss"] == pytest.approx(total, rel=1e-5)
+
+
+def heads(model):
+    "The weights of each branch's own head, by branch."
+    named = {name: getattr(model, name).named_parameters() for name in ("audio", "visual")}
+    return {name: {k: p.detach() for k, p in weights if "head" in k} for name, weights in named.items()}
+
+
+@pytest.mark.parametrize("taught, other", [("audio", "visual"), ("visual", "audio")])
+def test_the_loss_of_a_branch_teaches_the_head_of_that_branch(taught, other, tmp_path):
+    changes = {f"{taught}_loss": 1.0, f"{other}_loss": 0.0}
+    after = heads(run(tmp_path, weight_decay=0.0, **changes).model)
+    before = heads(tiny())
+    assert after[taught] and not any(torch.equal(p, before[taught][k]) for k, p in after[taught].items())
+    assert after[other] and same(after[other], before[other])
+
+
+def test_class_weights_come_from_the_training_labels(tmp_path):
+    data = Subset(Clips(9), [0, 8, 1])  # clip 8 has label 0 again
+    trainer = build(tmp_path, data, class_weights=True)
+    assert torch.equal(trainer.objective.loss.class_weights, class_weights([0, 0, 1], 8))
+    assert build(tmp_path, data).objective.loss.class_weights is None
+
+
+def test_mixup_reaches_the_loss(tmp_path):
+    labels = {}
+
+    class Watch(Trainer):
+        def train_step(self, batch):
+            seen = labels[self.config.mixup]
+            self.objective.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+            return super().train_step(batch)
+
+    for alpha in (0.0, 1.0):
+        labels[alpha] = []
+        run(tmp_path / str(alpha), Clips(4), Watch, epochs=1, batch_size=4, mixup=alpha)
+    assert labels[0.0][0].shape == (4,) and labels[1.0][0].shape == (4, 8)
+    batch = collate([Clips(4)[i] for i in range(4)])
+    mixed = [mix_batch(batch, 1.0, 8)[1].max(1).values for _ in range(8)]
+    assert min(m.min() for m in mixed) < 0.99  # some labels are shared
+    assert labels[1.0][0].sum(1).tolist() == pytest.approx([1.0] * 4)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_clips_name(tmp_path):
+    with pytest.raises(MmferError, match="the loss became nan with the clips .*clip-3"):
+        run(tmp_path, Clips(broken=3))
+    with pytest.raises(MmferError, match="the validation loss became nan with the clips .*clip-2"):
+        run(tmp_path / "val", val=Clips(3, broken=2))
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tmp_path):
+    trainer = build(tmp_path)
+    next(trainer.model.classifier.parameters()).register_hook(lambda g: g * float("inf"))
+    before = {k: v.clone() for k, v in trainer.model.named_parameters()}
+    with pytest.raises(MmferError, match="the gradient became (nan|inf) with the clips clip-"): trainer.fit()
+    assert same(dict(trainer.model.named_parameters()), before)
+
+
+# frozen parts
+
+def test_a_frozen_part_keeps_its_running_averages_and_drops_nothing(tmp_path):
+    model = tiny()
+    before = copy_of(model)
+    trainer = run(tmp_path, model=model, epochs=1, freeze=["audio", "classifier"])
+    kept = {k: torch.equal(v, before[k]) for k, v in model.state_dict().items()}
+    assert all(kept[k] for k in kept if k.startswith(("audio.", "classifier.")))
+    assert not any(v for k, v in kept.items() if k.startswith("fusion.") and k.endswith("proj.weight"))
+    training_mode(trainer.objective, trainer.frozen)
+    assert not any(m.training for part in (model.audio, model.classifier) for m in part.modules())
+    assert model.fusion.training
+
+
+def test_what_was_frozen_before_stays_frozen(tmp_path):
+    model = tiny()
+    model.visual.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.visual.named_parameters()}
+    trainer = run(tmp_path, model=model, epochs=1)
+    assert same(dict(model.visual.named_parameters()), before)
+    trained = sum(len(g["params"]) for g in parameter_groups(model, RECIPE))
+    assert trained == sum(p.requires_grad for p in model.parameters()) and trainer.frozen == []
+
+
+def test_all_frozen_is_refused(tmp_path):
+    with pytest.raises(MmferError, match="every part is frozen"):
+        run(tmp_path, freeze=["audio", "visual", "fusion", "classifier"])
+
+
+@pytest.mark.parametrize("system, part", [
+    ("audio_only", "visual"), ("visual_only", "audio"), ("late", "classifier")])
+def test_a_part_that_a_system_does_not_have_may_be_frozen(system, part, tmp_path):
+    trainer = run(tmp_path, Clips(2), model=tiny(system=system), epochs=1, freeze=[part])
+    assert trainer.frozen == [] and math.isfinite(trainer.progress.history[0]["train_loss"])
+
+
+# the best epoch
+
+class Judged(Trainer):
+    "A trainer that is told how good its epochs are, and remembers their weights."
+    figures = ()
+
+    def validate(self):
+        uar, loss = self.figures[self.progress.epoch]
+        self.weights = [*getattr(self, "weights", []), copy_of(self.model)]
+        return dict(val_loss=loss, val_war=uar, val_uar=uar)
+
+
+@pytest.mark.parametrize("figures, best", [
+    ([(0.5, 1.0), (0.2, 0.5), (0.3, 0.1)], [True, False, False]),   # not the last one, not the lowest loss
+    ([(0.2, 1.0), (0.5, 1.1), (0.4, 0.9)], [True, True, False]),
+    ([(0.5, 1.0), (0.5, 0.8), (0.5, 0.9)], [True, True, False]),    # among equals the lower loss
+    ([(0.5, 1.0), (0.5, 1.0), (0.5, 1.0)], [True, False, False]),   # among those the first
+    ([(0.0, 2.0), (0.0, 2.5), (0.1, 3.0)], [True, False, True])])
+def test_best_is_the_best_epoch(figures, best, tmp_path):
+    kind = type("Told", (Judged,), dict(figures=figures))
+    trainer = run(tmp_path, Clips(2), kind, epochs=3)
+    assert [row["best"] for row in trainer.progress.history] == best
+    chosen = max(epoch for epoch, is_best in enumerate(best) if is_best)
+    for name, epoch in (("best", chosen), ("last", 2)):
+        assert same(MultimodalFER.from_pretrained(tmp_path / name).state_dict(), trainer.weights[epoch])
+    assert json.loads((tmp_path / "training_history.json").read_text()) == trainer.progress.history
+
+
+FIGURES = st.tuples(st.sampled_from([0.0, 0.25, 0.5]), st.sampled_from([0.5, 1.0, 1.5]))
+
+
+@given(st.lists(FIGURES, min_size=1, max_size=8))
+def test_no_epoch_is_better_than_the_best_row(figures):
+    rows = [dict(epoch=i, val_uar=uar, val_loss=loss) for i, (uar, loss) in enumerate(figures)]
+    best = best_row(rows)
+    top = [row for row in rows if row["val_uar"] == max(uar for uar, _ in figures)]
+    lowest = [row for row in top if row["val_loss"] == min(row["val_loss"] for row in top)]
+    assert best is lowest[0]
+
+
+def test_it_stops_when_nothing_is_gained(tmp_path):
+    figures = [(uar, 1.0) for uar in (0.2, 0.5, 0.5005, 0.4, 0.9)]
+    trainer = run(tmp_path, Clips(2), type("Told", (Judged,), dict(figures=figures)), epochs=5, patience=2)
+    assert [row["val_uar"] for row in trainer.progress.history] == [0.2, 0.5, 0.5005, 0.4]
+    assert epochs_without_gain(trainer.progress.history, 0.001) == 2
+
+
+def test_validation_is_in_evaluation_mode(tmp_path):
+    config = preset_config("tiny", RAVDESS_EMOTIONS)
+    config.modality_dropout = 0.9
+    config.classifier = replace(config.classifier, dropout=0.5)
+    model = MultimodalFER(config)
+    val = Clips(6)
+    trainer = build(tmp_path, model=model, val=val, label_smoothing=0.0, audio_loss=0.0, visual_loss=0.0)
+    training_mode(trainer.objective, [])
+    before = copy_of(model)
+    found = trainer.validate()
+    assert same(model.state_dict(), before)  # BatchNorm has not averaged
+    batch = collate([val[i] for i in range(6)])
+    with torch.no_grad(): logits = model.eval()(**model_inputs(batch)).logits
+    loss = nn.functional.cross_entropy(logits, batch["labels"]).item()
+    right = (logits.argmax(1) == batch["labels"]).float().mean().item()
+    wanted = dict(val_loss=loss, val_war=right, val_uar=right)  # there is one clip per label
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_training_goes_on_in_training_mode_after_a_validation(tmp_path):
+    modes = []
+
+    class Watch(Trainer):
+        def train_step(self, batch):
+            modes.append(self.model.training)
+            return super().train_step(batch)
+
+    run(tmp_path, Clips(2), Watch)
+    assert modes == [True, True]
+
+
+# switches
+
+def test_gradient_checkpointing_changes_nothing_but_the_memory(tmp_path):
+    plain = run(tmp_path / "a", epochs=1).model
+    saving = run(tmp_path / "b", epochs=1, gradient_checkpointing=True).model
+    for p, q in zip(plain.parameters(), saving.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def checkpointed(model):
+    return [name for name, m in model.named_modules() if getattr(m, "gradient_checkpointing", False)]
+
+
+def test_switches_do_not_leak_into_the_next_training(tmp_path):
+    model = tiny()
+    build(tmp_path / "a", model=model, gradient_checkpointing=True, compile=True)
+    assert checkpointed(model) and model.visual.vision._compiled_call_impl is not None
+    build(tmp_path / "b", model=model)
+    assert not checkpointed(model) and model.visual.vision._compiled_call_impl is None
+
+
+def test_the_vision_tower_is_compiled_when_asked(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    trainer = run(tmp_path, Clips(2), epochs=1, compile=True)
+    assert compiled == [trainer.model.visual.vision]
 
 
 def test_another_precision_in_the_same_process(tmp_path):
     for precision in ("no", "bf16"):
-        trainer, _ = run(tmp_path / precision, precision=precision, epochs=1)
-        assert trainer.accelerator.mixed_precision == precision and math.isfinite(trainer.history[0]["train_loss"])
+        trainer = run(tmp_path / precision, precision=precision, epochs=1)
+        assert trainer.accelerator.mixed_precision == precision
+        assert math.isfinite(trainer.progress.history[0]["train_loss"])
 
+
+def test_tensorboard_holds_the_history(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    trainer = run(tmp_path, trackers=["tensorboard"])
+    events = EventAccumulator(str(tmp_path / "logs" / "mmfer")).Reload()
+    losses = [row["train_loss"] for row in trainer.progress.history]
+    assert [e.value for e in events.Scalars("train_loss")] == pytest.approx(losses)
+    assert [e.step for e in events.Scalars("val_uar")] == [1, 2]
+
+
+def test_what_a_step_returns_is_in_the_history(tmp_path):
+    class Counting(Trainer):
+        def train_step(self, batch): return super().train_step(batch) | dict(clips=len(batch["clip"]))
+
+    assert run(tmp_path, kind=Counting, epochs=1).progress.history[0]["train_clips"] == pytest.approx(5 / 3)
+
+
+# what is refused
+
+def test_what_is_not_here_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MmferError, match="fp16 needs a GPU"): run(tmp_path, precision="fp16")
+    monkeypatch.setattr(trainer_module, "find_spec", lambda name: None)
+    with pytest.raises(MmferError, match="tracker wandb is not installed"): run(tmp_path, trackers=["wandb"])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("epochs", 0), ("batch_size", 0), ("accumulation", -1), ("lr_branches", -1e-5), ("lr_classifier", math.inf),
+    ("weight_decay", -0.1), ("warmup_epochs", math.nan), ("max_grad_norm", -1.0), ("save_batches", -1),
+    ("patience", -1), ("label_smoothing", 1.5), ("curriculum", 2.0), ("schedule", "spiral"),
+    ("precision", "fp8"), ("freeze", ["nose"]), ("trackers", ["paper"]), ("epochs", "many"), ("workers", 0.5)])
+def test_a_setting_that_cannot_be_is_refused(name, value):
+    with pytest.raises(MmferError, match=f"^TrainConfig: {name}(.0)? cannot be ") as e:
+        replace(RECIPE, **{name: value})
+    assert "\n" not in str(e.value)
+
+
+def test_settings_at_the_edge_are_taken(tmp_path):
+    edge = dict(epochs=1, batch_size=1, accumulation=1, lr_fusion=0.0, weight_decay=0.0, warmup_epochs=0.0)
+    model = tiny()
+    before = [p.detach().clone() for p in model.fusion.parameters()]
+    run(tmp_path, Clips(2), model=model, **edge)
+    assert all(torch.equal(p, old) for p, old in zip(model.fusion.parameters(), before))  # a rate of 0
+
+
+@pytest.mark.parametrize("changes, advice", [
+    (dict(batch_size=4), "try batch_size=2 with accumulation=2"),
+    (dict(batch_size=1), "try gradient_checkpointing=True"),
+    (dict(batch_size=1, gradient_checkpointing=True), "try shorter clips")])
+def test_a_full_memory_ends_with_the_next_thing_to_try(changes, advice, tmp_path, monkeypatch):
+    def full(*args): raise torch.OutOfMemoryError("CUDA out of memory.\nA page of text.")
+    monkeypatch.setattr("mmfer.trainer.MultimodalLoss.forward", full)
+    with pytest.raises(MmferError, match=f"the memory of the device is full: {advice}") as e:
+        run(tmp_path, **changes)
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_that_another_trainer_took_meanwhile_is_refused(tmp_path):
+    first = build(tmp_path, epochs=1)
+    second = build(tmp_path, epochs=1)
+    first.fit()
+    with pytest.raises(MmferError, match="already holds a run"): second.fit()
+
+
+# corpora
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    make_toy(folder, actors=3, clips_per_actor=8, seconds=1.5, progress=False)
+    return Corpus.from_folder(folder)
+
+
+def test_labels_are_read_without_decoding(corpus):
+    data = ClipDataset(corpus, Processor(image_size=64, grid=8, faces="none"))
+    data.read = None  # whoever decodes a clip fails
+    labels = clip_labels(Subset(data, [2, 1]))
+    assert labels.to_dict() == corpus.table.set_index("clip").label.iloc[[2, 1]].to_dict()
+    assert clip_labels(Clips(3)).to_dict() == {"clip-0": 0, "clip-1": 1, "clip-2": 2}
+
+
+def test_the_processor_and_the_speakers_are_saved_with_the_model(corpus, tmp_path):
+    model = tiny()
+    processor = Processor.for_model(model.config, faces="none", n_frames=4)
+    parts = [ClipDataset(corpus.of(speakers), processor) for speakers in (["01", "02"], ["03"])]
+    Trainer(model, replace(RECIPE, epochs=1, batch_size=8), *parts, tmp_path).fit()
+    for source in (tmp_path, tmp_path / "best", tmp_path / "last"):
+        loaded, how, split = load_run(source)
+        assert how == processor and split == dict(corpus="toy", train=["01", "02"], val=["03"])
+    assert same(loaded.state_dict(), model.cpu().state_dict())
+
+
+def test_clips_of_another_model_are_refused(corpus, tmp_path):
+    model = MultimodalFER.from_preset("tiny", ("happy", "sad"))
+    fitting = ClipDataset(corpus, Processor.for_model(model.config, faces="none"))
+    with pytest.raises(MmferError, match="emotions neutral, calm, .* and the model has happy, sad: use"):
+        Trainer(model, RECIPE, fitting, fitting, tmp_path)
+    large = ClipDataset(corpus, Processor(image_size=224, grid=14, faces="none"))
+    with pytest.raises(MmferError, match="pictures of 224 pixels"):
+        Trainer(tiny(), RECIPE, fitting, large, tmp_path)
+
+
+def test_a_frozen_tower_is_read_from_the_cache(tmp_path):
+    histories = []
+    for cache in (None, tmp_path / "cache"):
+        model = tiny()
+        model.visual.freeze()
+        recipe = replace(RECIPE, mixup=0.4)
+        trainer = Trainer(model, recipe, Clips(), Clips(3), tmp_path / f"run-{cache is None}", cache=cache)
+        histories.append(without_times(trainer.fit()))
+        assert ("video_tokens" in trainer.val_loader.dataset[0]) == (cache is not None)
+    for a, b in zip(*histories, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.01)
+    recipe = replace(RECIPE, augment=True)
+    changed = Trainer(model, recipe, Clips(), Clips(3), tmp_path / "changed", cache=tmp_path / "cache")
+    assert "video" in changed.val_loader.dataset[0]  # changed pictures cannot come from a cache
+
+
+# two processes
 
 def free_port():
     with socket.socket() as s:
@@ -267,75 +634,21 @@ def free_port():
 
 
 def test_two_processes_are_one(tmp_path):
-    """Two gloo processes with batches of two: the losses of one process with batches of four. Only the first one writes, no clip is judged
-    twice (three of them, two processes), and a run of two processes resumes exactly."""
+    """Two gloo processes with batches of two: the losses of one process with batches of four.
+
+    Only the first one writes, no clip is judged twice (there are three), a run of two resumes exactly."""
     import two_processes
-    port, context = free_port(), multiprocessing.get_context("fork")
-    children = [context.Process(target=two_processes.job, args=(rank, port, str(tmp_path))) for rank in (0, 1)]
+    port = free_port()
+    context = multiprocessing.get_context("fork")
+    jobs = [(rank, port, str(tmp_path)) for rank in (0, 1)]
+    children = [context.Process(target=two_processes.job, args=job) for job in jobs]
     for child in children: child.start()
     alone = two_processes.train(tmp_path / "alone", 4)
+    grouped = two_processes.train(tmp_path / "grouped-alone", 4, accumulation=2)
     for child in children: child.join()
     assert [child.exitcode for child in children] == [0, 0]
     first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
     assert first["whole"] == first["resumed"] and second["whole"]["weights"] == first["whole"]["weights"]
-    for row, other in zip(first["plain"]["history"], alone["history"], strict=True): assert row == pytest.approx(other, rel=1e-5)
-
-
-def test_a_frozen_tower_is_read_from_the_cache(tmp_path):
-    histories = []
-    for cache in (None, tmp_path / "cache"):
-        seed_everything(0)
-        model = MultimodalFER.from_preset("tiny")
-        model.visual.freeze()
-        trainer = Trainer(model, replace(RECIPE, mixup=0.4), Clips(), Clips(3), tmp_path / f"run-{cache is None}", cache=cache)
-        histories.append(without_times(trainer.fit()))
-        assert ("video_tokens" in trainer.val_loader.dataset[0]) == (cache is not None)
-    for a, b in zip(*histories, strict=True): assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.01)
-    changed = Trainer(model, replace(RECIPE, augment=True), Clips(), Clips(3), tmp_path / "changed", cache=tmp_path / "cache")
-    assert "video" in changed.val_loader.dataset[0]  # changed pictures cannot come from a cache
-
-
-@pytest.mark.parametrize("system, part", [("audio_only", "visual"), ("visual_only", "audio"), ("late", "classifier")])
-def test_a_part_that_a_system_does_not_have_may_be_frozen(system, part, tmp_path):
-    seed_everything(0)
-    trainer = Trainer(MultimodalFER.from_preset("tiny", system), replace(RECIPE, epochs=1, freeze=[part]), Clips(2), Clips(3), tmp_path)
-    assert trainer.frozen == [] and math.isfinite(trainer.fit()[0]["train_loss"])
-
-
-def test_settings_that_cannot_be_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(MmferError, match="schedule 'spiral' is unknown: choose one of cosine"): run(tmp_path, schedule="spiral")
-    with pytest.raises(MmferError, match="fp16 needs a GPU"): run(tmp_path, precision="fp16")
-
-
-@pytest.mark.parametrize("name, value", [
-    ("epochs", 0), ("batch_size", 0), ("accumulation", -1), ("lr_branches", -1e-5), ("lr_classifier", math.inf), ("weight_decay", -0.1),
-    ("warmup_epochs", math.nan), ("max_grad_norm", -1.0), ("save_batches", -1)])
-def test_a_number_out_of_range_is_refused(name, value):
-    with pytest.raises(MmferError, match=f"^{name} cannot be {value}: give [01] or more$"): require_possible(replace(RECIPE, **{name: value}))
-
-
-def test_numbers_at_the_edge_are_taken():
-    require_possible(replace(RECIPE, epochs=1, batch_size=1, accumulation=1, lr_fusion=0.0, weight_decay=0.0, warmup_epochs=0.0))
-
-
-def test_two_trainers_in_one_process_keep_their_accumulation(tmp_path):
-    made = [Trainer(MultimodalFER.from_preset("tiny"), replace(RECIPE, epochs=1, accumulation=n), Clips(), Clips(3), tmp_path / str(n)) for n in (2, 1)]
-    for trainer in made: trainer.fit()
-    assert [trainer.step for trainer in made] == [2, 3]  # 5 clips are 3 batches
-
-
-def test_a_folder_that_another_trainer_took_meanwhile_is_refused(tmp_path):
-    first, second = (Trainer(MultimodalFER.from_preset("tiny"), replace(RECIPE, epochs=1), Clips(), Clips(3), tmp_path) for _ in range(2))
-    first.fit()
-    with pytest.raises(MmferError, match="already holds a run"): second.fit()
-
-
-def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tmp_path, monkeypatch):
-    seed_everything(0)
-    model = MultimodalFER.from_preset("tiny")
-    trainer = Trainer(model, RECIPE, Clips(), Clips(3), tmp_path)
-    next(model.classifier.parameters()).register_hook(lambda g: g * float("inf"))
-    before = {k: v.clone() for k, v in model.named_parameters()}
-    with pytest.raises(MmferError, match="the gradient became (nan|inf)"): trainer.fit()
-    assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+    for name, one in (("plain", alone), ("grouped", grouped)):
+        for row, other in zip(first[name]["history"], one["history"], strict=True):
+            assert row == pytest.approx(other, rel=1e-5)
