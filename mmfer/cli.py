@@ -25,7 +25,7 @@ from tyro.conf import Positional
 
 # %% ../nbs/90_cli.ipynb #ef050659
 from . import __version__
-from .ablations import compare, comparison_table
+from .ablations import compare, comparison_table, side_by_side
 from .core import MmferError, atomic_write, require, seed_everything, this_machine
 from .corpus import SCHEMES, Corpus
 from .download import download, parse_actors
@@ -48,6 +48,22 @@ COMMANDS = {}  # name -> class, in the order of the help page
 def _command(cls):
     COMMANDS[cls.__name__.lower()] = cls
     return cls
+
+# %% ../nbs/90_cli.ipynb #f0235e91
+def _else(words):
+    "How the help shows what is done where an option is left out."
+    return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
+
+
+_YUNET = _else('YuNet; "none" for a toy')
+_FULL = _else("as in the preset's recipe")
+_RANDOM = _else("random")
+_PER_CORE = _else("one per core")
+
+
+def _some(what):
+    "How the help shows an argument that may come several times."
+    return tyro.conf.arg(metavar=f"{what} [{what} ...]", help_behavior_hint="(one or more)")
 
 # %% ../nbs/90_cli.ipynb #40c3c5bc
 @_command
@@ -89,8 +105,8 @@ def _say_scores(report):
 @dataclass
 class Info:
     "Tell about this machine, a saved model, or a finished run."
-    # folder of a model or of a run; nothing: this machine
-    what: Annotated[Path | None, Positional, tyro.conf.arg(metavar="[FOLDER]")] = None
+    # folder of a model or of a run
+    what: Annotated[Path | None, Positional, _else("this machine")] = None
 
     def run(self):
         tier = this_machine()
@@ -108,7 +124,11 @@ class Info:
         print(f"trained on {split['corpus']}: {train}; validated on {val}")
 
 # %% ../nbs/90_cli.ipynb #f12bcb30
-_MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)  # no --no-resume; no word stands for None
+_MARKERS = (
+    tyro.conf.FlagCreatePairsOff,              # --resume without --no-resume
+    tyro.conf.DisallowNone,                    # no word stands for None
+    tyro.conf.PositionalMetavarFromFieldName,  # MODEL in place of STR
+)
 _ABOUT = "Multimodal emotion recognition: sound and pictures of a face in, one of the emotions out."
 
 
@@ -149,9 +169,8 @@ class _Preparation:
     "What `prepare` and `download` share."
     n_frames: int = 16          # pictures per clip
     crop_size: int = 224        # pixels per side of a face crop
-    # face detector: a hub id, an .onnx file, or "none" for the whole picture; by default YuNet, "none" for a toy
-    faces: str | None = None
-    workers: int | None = None  # processes; by default one per core
+    faces: Annotated[str | None, _YUNET] = None  # face detector: hub id, .onnx file, or "none" for no cut
+    workers: Annotated[int | None, _PER_CORE] = None  # processes
 
     def how(self):
         return dict(n_frames=self.n_frames, crop_size=self.crop_size, faces=self.faces, workers=self.workers)
@@ -195,16 +214,15 @@ class _Training:
     preset: Literal["auto", *PRESETS] = "auto"  # size of the model; auto: what fits this machine
     system: Literal[SYSTEMS] = "lfm2"           # how the modalities are joined
     stages: str = "one"       # "one" stage, "three" stages, or a file as save_stages writes it
-    epochs: int | None = None # in all stages; by default as in the preset's recipe
+    epochs: Annotated[int | None, _FULL] = None  # in all stages
     # fixes weights, data order and validation speakers; a file of stages has its own for the data order
     seed: int = 0
     resume: bool = False      # go on where the run in `out` stopped
-    # face detector: a hub id, an .onnx file, or "none" for the whole picture; by default YuNet, "none" for a toy
-    faces: str | None = None
-    audio_weights: Path | None = None  # a .nemo file for the FastConformer; by default random
+    faces: Annotated[str | None, _YUNET] = None  # face detector: hub id, .onnx file, or "none" for no cut
+    audio_weights: Annotated[Path | None, _RANDOM] = None  # a .nemo file for the FastConformer
     # hub id or folder of a SigLIP2, or "random"; auto: SigLIP2 from the Hub where the tower is frozen
     vision_weights: str = "auto"
-    fusion_weights: str | None = None  # hub id or folder of an LFM2 of the preset's sizes; by default random
+    fusion_weights: Annotated[str | None, _RANDOM] = None  # hub id or folder of an LFM2 of the preset's sizes
 
     def require_free(self, run):
         "Find mistakes before clips are prepared."
@@ -270,8 +288,8 @@ def _plan(options, preset, clips):
         return load_stages(options.stages)
     config = with_min_updates(replace(RECIPES[preset], seed=options.seed), clips)
     config = replace(config, precision=_precision(config), epochs=options.epochs or config.epochs)
-    batches = f"batches of {config.batch_size} clips, {config.accumulation} per weight update"
-    print(f"{config.epochs} epochs, {batches}, precision {config.precision}")
+    print(f"epochs: {config.epochs}; clips per batch: {config.batch_size}; "
+          f"batches per weight update: {config.accumulation}; precision: {config.precision}")
     return {"one": one_stage, "three": three_stages}[options.stages](config)
 
 # %% ../nbs/90_cli.ipynb #51aa0c73
@@ -333,7 +351,7 @@ class Evaluate:
     data: Positional[Path]     # folder of clips with RAVDESS names, CSV file, or prepared set
     out: Path                  # folder for the report
     seen_ok: bool = False      # also judge the clips of speakers that the model was trained or validated on
-    faces: str | None = None   # face detector for raw clips; by default that of the training
+    faces: Annotated[str | None, _else("that of the training")] = None  # face detector for clips not prepared
 
     def run(self):
         model, processor, split = load_run(self.model)
@@ -351,11 +369,6 @@ class Evaluate:
         _judge(model, self.out, *sets)
 
 # %% ../nbs/90_cli.ipynb #0317d94d
-def _some(what):
-    "How the help shows an argument that may come several times."
-    return tyro.conf.arg(metavar=f"{what} [{what} ...]", help_behavior_hint="(one or more)")
-
-
 @torch.inference_mode()
 def _say_answer(model, processor, path, missing_ok):
     "Print what the model thinks of one file. Raises `MmferError` for a file that it cannot judge."
@@ -377,22 +390,20 @@ class Predict:
     # media files
     files: Annotated[list[Path], Positional, _some("FILE")]
     missing_ok: bool = False   # classify from one modality where the other is missing
-    # face detector: a hub id, an .onnx file or "none"; by default that of the training
-    faces: str | None = None
+    faces: Annotated[str | None, _else("that of the training")] = None  # face detector
 
     def run(self):
         require(self.files, "no file to classify: name at least one behind the model")
         model, processor, _ = load_run(self.model)
-        require(processor, f"{self.model} holds no preprocessor_config.json: save the processor with the model")
+        require(processor, f"{self.model} holds no preprocessor_config.json: pass the folder of a run")
         if self.faces: processor = replace(processor, faces=self.faces)
         model.eval().to(this_machine().device)
         problems = []
         for path in self.files:
             try: _say_answer(model, processor, path, self.missing_ok)
             except MmferError as e: problems.append(str(e))
-        files = len(self.files)
-        if files > 1 and problems: problems.insert(0, f"{len(problems)} of {files} files were not classified:")
-        require(not problems, "\n".join(problems))
+        told = [f"{len(problems)} of {len(self.files)} files were not classified:"] if len(self.files) > 1 else []
+        require(not problems, "\n".join(told + problems))
 
 # %% ../nbs/90_cli.ipynb #4b9fac73
 @_command
@@ -400,26 +411,30 @@ class Predict:
 class Cv(_Training):
     "Train one system on every fold, every speaker judged by a model that has not seen them; write cv.csv."
     folds: Literal[SCHEMES] = "hicmae"  # folds of 4 speakers (Sun et al. 2024), 5 folds, or one split
+    jobs: Annotated[int | None, _PER_CORE] = None  # trainings at a time, where they are small
 
     def run(self):
-        main_process = _find_processes().is_main_process
+        state = _find_processes()
         self.require_free(self.out / "fold_1")
-        corpus = corpus_of(self.data)
-        model, _ = _build(self, corpus.emotions)
+        model, preset = _build(self, corpus_of(self.data).emotions)
         dataset = open_clips(self.data, model.config, self.out / "prepared", self.faces)
         splits = enumerate(dataset.corpus.folds(self.folds, self.seed), 1)
-        results = [self.train_fold(k, split, dataset) for k, split in splits]
-        if not main_process: return
-        results = pd.concat(results)
+        jobs = [(self, k, dataset.corpus.parts(split), dataset) for k, split in splits]
+        small = preset == "tiny" and state.num_processes == 1 and not torch.cuda.is_available()
+        tables = side_by_side(_train_fold, jobs, self.jobs) if small else itertools.starmap(_train_fold, jobs)
+        tables = list(tables)
+        if not state.is_main_process: return
+        results = pd.concat(tables).sort_values(["fold", "clip"], ignore_index=True)
         save_report(results, self.out / "report")
         with atomic_write(self.out / "cv.csv") as f: fold_table(results).to_csv(f)
         print(fold_table(results).to_string())
 
-    def train_fold(self, k, split, dataset):
-        sets = {name: dataset.select(part) for name, part in dataset.corpus.parts(split).items()}
-        model, preset = _build(self, dataset.corpus.emotions)
-        results = _fit(self, model, preset, sets, self.out / f"fold_{k}")
-        return results if results is None else results.assign(fold=k)
+
+def _train_fold(options, k, parts, dataset):
+    model, preset = _build(options, dataset.corpus.emotions)
+    sets = {name: dataset.select(part) for name, part in parts.items()}
+    results = _fit(options, model, preset, sets, options.out / f"fold_{k}")
+    return results if results is None else results.assign(fold=k)
 
 # %% ../nbs/90_cli.ipynb #baccda11
 @_command
@@ -428,11 +443,13 @@ class Compare:
     "Train every system on the same folds; write a table and a picture. The same line again goes on."
     data: Positional[Path]     # folder with RAVDESS names, CSV file, prepared set, or features file (.npz)
     out: Path                  # folder for the results
-    systems: Annotated[tuple[str, ...], _some("NAME")] = ("all",)  # names as in the table; by default all
+    systems: Annotated[tuple[str, ...], _some("NAME")] = ("all",)  # "all", or names as in the table
     folds: Literal[SCHEMES] = "hicmae"  # folds of 4 speakers (Sun et al. 2024), 5 folds, or one split
     seeds: int = 1             # trainings per fold
     preset: Literal[PRESETS] = "tiny"   # size of the systems, for clips
-    epochs: int | None = None  # by default as in the recipe
-    lfm2: str | None = None    # hub id or folder of LFM2 weights, for lfm2_full
+    epochs: Annotated[int | None, _FULL] = None  # of each training
+    lfm2: Annotated[str | None, _else("lfm2_full is left out")] = None  # hub id or folder of LFM2 weights
+    faces: Annotated[str | None, _YUNET] = None  # face detector for clips that are not prepared
+    jobs: Annotated[int | None, _PER_CORE] = None  # trainings at a time, where they are small
 
     def run(self): print(comparison_table(compare(**vars(self))).to_string())

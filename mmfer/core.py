@@ -67,7 +67,7 @@ def first_line(
 ) -> str:
     "What went wrong, short enough for a sentence."
     words = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return words.splitlines()[0].rstrip(".")
+    return words.splitlines()[0].rstrip(".:")
 
 
 @contextlib.contextmanager

@@ -227,7 +227,7 @@ def plot_explanation(
     *left, right = lower.subplots(1, 1 if e.fusion is None else 2, squeeze=False)[0]
     for ax in left: _draw_fusion(ax, e.fusion)
     _draw_answer(right, e.probabilities)
-    fig.suptitle(f"{clip.path.name}: the model says {e.emotion}", weight="bold")
+    fig.suptitle(f"{clip.path.stem}: the model says {e.emotion}", weight="bold")
     plt.close(fig)
     return fig
 

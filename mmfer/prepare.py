@@ -307,7 +307,8 @@ def _results(jobs, workers):
             del in_work[result[0]]
             yield result
     except TerminatedWorkerError as e:
-        clips = " or ".join(in_work.values())
+        suspects = [source for target, source in in_work.items() if not _is_done(source, target)]
+        clips = " or ".join(suspects or in_work.values())
         raise MmferError(f"a worker died while it prepared {clips}: start again, what is finished is kept; "
                          "if it dies again, use fewer workers (memory), or move that clip away") from e
 

@@ -248,8 +248,9 @@ def make_schedule(
     warmup = round(config.warmup_epochs * per_epoch)
     climb = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     if config.schedule == "plateau": return climb
+    lowest = min(LOWEST_RATE, *(group["initial_lr"] for group in optimizer.param_groups))  # 0 stays 0
     if config.schedule == "cosine": fall = CosineAnnealingLR(optimizer, T_max=max(1, total - warmup))
-    else: fall = CosineAnnealingWarmRestarts(optimizer, T_0=10 * per_epoch, T_mult=2, eta_min=LOWEST_RATE)
+    else: fall = CosineAnnealingWarmRestarts(optimizer, T_0=10 * per_epoch, T_mult=2, eta_min=lowest)
     return SequentialLR(optimizer, [climb, fall], milestones=[warmup]) if warmup else fall
 
 
@@ -679,7 +680,8 @@ def finish_epoch(self: Trainer):
     row["data_wait"] = progress.waited / progress.seconds
     row["seconds"] = progress.seconds + time.perf_counter() - start
     progress.finish_epoch(row)
-    row["best"] = best_row(progress.history) is row
+    best = best_row(progress.history)
+    for other in progress.history: other["best"] = other is best
     self.updater.finish_epoch(row["val_uar"])
     if self.accelerator.is_main_process:
         for name in ("best", "last") if row["best"] else ("last",):

@@ -1,6 +1,8 @@
-"""Comparisons: nothing of the test actors reaches training, a stopped one goes on, and the figures are what they say."""
+"""Comparisons: no test speaker reaches training, a stopped one goes on, and the figures are what they say."""
 import dataclasses
+import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,23 +10,29 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from torch.testing import assert_close
 
 from mmfer import ablations
 from mmfer.ablations import (
-    BASELINES, SYSTEM_KINDS, Committee, FeatureCorpus, MediaCorpus, Recipe, Result, as_markdown, compare, comparison_table, feature_model, fold_parts, load_features, paired_difference, plan_systems, read_results, summarise_metric, toy_features, train_on_features)
-from mmfer.core import MmferError, seed_everything
-from mmfer.corpus import make_splits
-from mmfer.evaluate import BOOTSTRAPPED, bootstrap_interval
+    ClipExperiment, FeatureExperiment, Result, as_markdown, clip_model, compare, comparison_table,
+    paired_difference, plan_systems, plot_systems, read_results, side_by_side, summarise_metric,
+    summarise_system, train_and_test)
+from mmfer.core import MmferError, from_dict, to_dict
+from mmfer.corpus import RAVDESS_EMOTIONS, Corpus
+from mmfer.evaluate import BOOTSTRAPPED, bootstrap_interval, speaker_matrices
+from mmfer.features import BASELINES, SYSTEM_KINDS, FeatureConfig, toy_features
 from mmfer.fusion import FusionConfig, Lfm2Backbone, lfm2_config
+from mmfer.prepare import prepare
 from mmfer.toy import make_toy
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = Recipe(width=16, ffn=32, epochs=1, batch_size=64, members=1)
-LEARN = Recipe(width=32, ffn=64, members=1, average=0.9, epochs=15, batch_size=32, dropout=0.1, audio_dropout=0.1, visual_dropout=0.1, mixup=0.2, weight_decay=0.01)
+QUICK = FeatureConfig(width=16, ffn=32, epochs=1, batch_size=64, members=1)
+LEARN = FeatureConfig(width=32, ffn=64, members=1, average=0.9, epochs=15, batch_size=32, dropout=0.1,
+                      audio_dropout=0.1, visual_dropout=0.1, mixup=0.2, weight_decay=0.01)
 TRAINED = [name for name in SYSTEM_KINDS if name != "lfm2_full"]
+quietly = dict(progress=False, jobs=1)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +42,16 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(toy, tmp_path_factory):
+    "A comparison of all systems with two seeds, by two workers."
     out = tmp_path_factory.mktemp("compare")
-    return compare(toy, out, recipe=QUICK, seeds=2), out
+    return compare(toy, out, config=QUICK, seeds=2, progress=False, jobs=2), out
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips") / "toy"
+    make_toy(folder, actors=3, clips_per_actor=8, progress=False)
+    return folder
 
 
 def rewrite(path, to, **changes):
@@ -44,77 +60,42 @@ def rewrite(path, to, **changes):
     return to
 
 
-# --- nothing leaks
-
-def trained_weights(features, split, system):
-    train, _ = fold_parts(features, split)
-    seed_everything(0)
-    model = feature_model(system, (train.audio.shape[2], train.visual.shape[2]), QUICK)
-    return train_on_features(model, train, QUICK).state_dict()
+def without_time(report):
+    "A report but for the seconds."
+    systems = {name: {k: v for k, v in s.items() if k != "seconds"} for name, s in report["systems"].items()}
+    return report | dict(systems=systems)
 
 
-def spoiled(features, actors):
-    rows, other = np.isin(features.actor, actors), {k: v.copy() for k, v in vars(features).items()}
-    other["label"][rows], other["audio"][rows], other["visual"][rows] = 3, 1e4, -1e4
-    return dataclasses.replace(features, **other)
-
-
-@pytest.mark.parametrize("system", TRAINED)
-def test_test_actors_cannot_reach_training(toy, system):
-    features = load_features(toy)
-    split = make_splits(features.actor, "hicmae", n_val=0)[1]
-    before = trained_weights(features, split, system)
-    after = trained_weights(spoiled(features, split.test), split, system)
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    touched = trained_weights(spoiled(features, split.train[:1]), split, system)
-    assert any(not torch.equal(before[k], touched[k]) for k in before)
+# Nothing leaks
 
 
 @pytest.mark.parametrize("system", ["logistic_regression", "attention"])
-def test_test_labels_do_not_change_the_votes(toy, tmp_path, system):
-    split = make_splits(load_features(toy).actor, "hicmae", n_val=0)[0]
-    emotion, actor = (np.load(toy)[k] for k in ("emotion", "actor"))
-    other = rewrite(toy, tmp_path / "other.npz", emotion=np.where(np.isin(actor, split.test), 1, emotion))
-    votes = [FeatureCorpus(path, QUICK).run(system, split, 0)[0] for path in (toy, other)]
-    assert votes[0].tolist() == votes[1].tolist()
+def test_test_labels_do_not_change_the_answers(toy, tmp_path, system):
+    split = FeatureExperiment(toy).folds("hicmae")[0]
+    with np.load(toy) as f: emotion, speaker = (f[k] for k in ("emotion", "speaker"))
+    wrong = np.where(np.isin(speaker, split.test), "calm", emotion)
+    other = rewrite(toy, tmp_path / "other.npz", emotion=wrong)
+    answers = [FeatureExperiment(path, QUICK).run(system, split, 0)[0] for path in (toy, other)]
+    assert answers[0].tolist() == answers[1].tolist()
 
 
-def test_trainer_is_given_training_and_validation_clips_only(tmp_path, monkeypatch):
-    make_toy(tmp_path / "toy", actors=4, clips_per_actor=8, progress=False)
-    corpus, seen = MediaCorpus(tmp_path / "toy"), {}
+def test_trainer_is_given_training_and_validation_clips_only(clips, tmp_path, monkeypatch):
+    experiment = ClipExperiment(clips, tmp_path, progress=False)
+    seen = {}
 
     class Stop(Exception): pass
 
     class Watch:
-        def __init__(self, model, recipe, train, val, folder): seen.update(train=train, val=val)
+        def __init__(self, model, recipe, train, val, folder, cache=None): seen.update(train=train, val=val)
         def fit(self): raise Stop
 
     monkeypatch.setattr(ablations, "Trainer", Watch)
-    split = corpus.splits("hicmae")[0]
-    with pytest.raises(Stop): corpus.run("early", split, 0)
-    for part in ("train", "val"):
-        assert sorted(set(corpus.table.actor.iloc[list(seen[part].indices)])) == getattr(split, part)
+    split = experiment.folds("hicmae")[0]
+    with pytest.raises(Stop): experiment.run("early", split, 0)
+    for part in ("train", "val"): assert seen[part].corpus.speakers == getattr(split, part)
 
 
-def test_statistics_are_those_of_the_training_clips(toy):
-    features = load_features(toy)
-    split = make_splits(features.actor, "hicmae", n_val=0)[0]
-    train, test = fold_parts(features, split)
-    rows = np.isin(features.actor, split.train)
-    clips, others = features.audio[rows].mean(1), features.audio[~rows]
-    calm = others.mean(1, keepdims=True) + 0.25 * (others - others.mean(1, keepdims=True))
-    expected = (calm - clips.mean(0)) / clips.std(0)
-    assert_close(test.audio, torch.from_numpy(expected.clip(-4, 4)), rtol=0, atol=1e-4)
-    assert_close(train.audio.mean((0, 1)), torch.zeros(16), rtol=0, atol=0.05)
-    assert train.audio.abs().max() <= 4
-
-
-# --- folds, systems, schema
-
-def test_folds_of_twenty_actors():
-    splits = make_splits(range(1, 21), "hicmae", n_val=0)
-    assert [s.test for s in splits] == [list(range(i, i + 4)) for i in range(1, 21, 4)]
-    assert all(not s.val and sorted(s.train + s.test) == list(range(1, 21)) for s in splits)
+# Systems, schema
 
 
 def test_compare_json_has_the_agreed_form(first):
@@ -122,122 +103,258 @@ def test_compare_json_has_the_agreed_form(first):
     assert json.loads((out / "compare.json").read_text()) == report
     assert list(report["systems"]) == [*TRAINED, *BASELINES]
     assert report["skipped"].keys() == {"lfm2_full"} and "weights" in report["skipped"]["lfm2_full"]
+    assert report["emotions"] == list(RAVDESS_EMOTIONS)
     for s in report["systems"].values():
         assert s.keys() == {"war", "uar", "f1_macro", "parameters", "seconds"}
-        for m in BOOTSTRAPPED:
-            assert s[m].keys() == {"mean", "sd", "ci", "folds"} and len(s[m]["folds"]) == 3
-            assert s[m]["mean"] == pytest.approx(np.mean(s[m]["folds"]))
-            assert s[m]["ci"][0] <= s[m]["ci"][1]
+        for metric in BOOTSTRAPPED:
+            assert s[metric].keys() == {"mean", "sd", "ci", "folds"} and len(s[metric]["folds"]) == 3
+            assert s[metric]["mean"] == pytest.approx(np.mean(s[metric]["folds"]))
+            assert s[metric]["ci"][0] <= s[metric]["ci"][1]
     assert (out / "compare.png").stat().st_size > 5000
     assert (out / "compare.md").read_text() == as_markdown(comparison_table(report))
 
 
-def test_baselines_always_stand_beside(toy, tmp_path):
-    assert list(compare(toy, tmp_path, systems=("late",), folds="single", recipe=QUICK)["systems"]) == ["late", *BASELINES]
+def test_baselines_always_stand_beside():
+    assert plan_systems(("late",)) == (["late", *BASELINES], {})
 
 
-def test_unknown_system_is_refused():
-    with pytest.raises(MmferError, match="'middle' does not exist"): plan_systems(("early", "middle"))
+def test_unknown_names_are_refused(toy, tmp_path):
+    with pytest.raises(MmferError, match="system 'middle' is unknown"): plan_systems(("early", "middle"))
+    with pytest.raises(MmferError, match="scheme 'none' is unknown"): compare(toy, tmp_path, folds="none")
+    with pytest.raises(MmferError, match="metric 'wer' is unknown"): plot_systems(dict(systems={}), "wer")
 
 
-def test_lfm2_full_takes_its_layers_from_the_weights(toy, tmp_path):
+def save_lfm2(folder, **sizes):
     torch.manual_seed(0)
-    backbone = Lfm2Backbone(lfm2_config(FusionConfig(d_model=32, layers=6, heads=4, kv_heads=2, ffn=64)))
-    backbone.save_pretrained(tmp_path / "lfm2")
+    config = FusionConfig(**dict(d_model=32, layers=6, heads=4, kv_heads=2, ffn=64) | sizes)
+    Lfm2Backbone(lfm2_config(config)).save_pretrained(folder)
+    return folder
+
+
+def test_lfm2_full_runs_with_weights(toy, tmp_path):
+    weights = save_lfm2(tmp_path / "lfm2")
     with pytest.warns(UserWarning, match="LFM Open License"):
-        report = compare(toy, tmp_path / "out", systems=("lfm2_full",), folds="single", recipe=QUICK, lfm2=tmp_path / "lfm2")
+        report = compare(toy, tmp_path / "out", ("lfm2_full",), "single", lfm2=weights, config=QUICK,
+                         **quietly)
     assert "lfm2_full" in report["systems"] and not report["skipped"]
-    with pytest.warns(UserWarning): model = feature_model("lfm2_full", (16, 32), QUICK, lfm2=tmp_path / "lfm2")
-    train, _ = fold_parts(load_features(toy), make_splits(range(1, 7), n_val=0)[0])
-    after = train_on_features(model, train, QUICK).fusion.backbone.state_dict()
-    assert all(torch.equal(v, after[k]) for k, v in backbone.state_dict().items())
 
 
-# --- going on after a stop
+def test_clip_model_puts_trained_layers_into_a_preset(tmp_path):
+    weights = save_lfm2(tmp_path / "lfm2", d_model=64, ffn=176)
+    with pytest.warns(UserWarning): model = clip_model("tiny", ("a", "b", "c"), "lfm2_full", weights)
+    assert model.fusion.weights_from == str(weights) and model.config.fusion.causal
+    assert not any(p.requires_grad for p in model.fusion.backbone.parameters())
+    assert len(model.fusion.backbone.layers) == 6
 
-SCRIPT = """
+
+def test_a_frozen_tower_is_never_random_by_accident(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablations, "load_vision", lambda branch, source: asked.append(source))
+    clip_model("tiny", ("a", "b"), "early")  # its tower is trained
+    clip_model("lightweight", ("a", "b"), "visual_only")
+    clip_model("lightweight", ("a", "b"), "visual_only", vision_weights="random")
+    clip_model("tiny", ("a", "b"), "early", vision_weights="mine")
+    assert asked == [ablations.SIGLIP2, "mine"]
+
+
+# Jobs side by side
+
+
+def test_parallel_equals_serial(first, toy, tmp_path):
+    parallel, out = first
+    serial = compare(toy, tmp_path, config=QUICK, seeds=2, **quietly)
+    assert without_time(serial) == without_time(parallel)
+    for name, results in read_results(tmp_path).items():
+        assert [r.prediction for r in results] == [r.prediction for r in read_results(out)[name]]
+
+
+def tell(number):
+    "Of a job: its number, its process, its threads."
+    return number, os.getpid(), torch.get_num_threads()
+
+
+def test_workers_have_one_thread_each():
+    told = sorted(side_by_side(tell, [(k,) for k in range(4)], workers=2))
+    assert [number for number, _, _ in told] == [0, 1, 2, 3]
+    assert os.getpid() not in {pid for _, pid, _ in told} and {threads for _, _, threads in told} == {1}
+
+
+def test_one_worker_is_this_process_and_gives_its_threads_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert list(side_by_side(tell, [(7,)])) == [(7, os.getpid(), 1)]
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+
+def test_no_job_is_no_work():
+    assert list(side_by_side(tell, [])) == []
+    with pytest.raises(MmferError, match="0 jobs at a time"): side_by_side(tell, [(1,)], workers=0)
+
+
+def fail(number): raise MmferError(f"job {number} is wrong: mend it")
+
+
+def die(number): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_sentence_of_a_job_arrives_as_it_is():
+    with pytest.raises(MmferError, match="^job 1 is wrong: mend it$"):
+        list(side_by_side(fail, [(1,), (1,)], workers=2))
+
+
+def test_a_dead_worker_is_told_in_a_sentence():
+    with pytest.raises(MmferError, match="a worker process died.*what is finished is kept"):
+        list(side_by_side(die, [(1,), (2,)], workers=2))
+
+
+INTERRUPTED = """
+import time
+from mmfer.ablations import side_by_side
+if __name__ == "__main__":
+    print("begun", flush=True)
+    try: list(side_by_side(time.sleep, [(60,)] * 4, workers=2))
+    except KeyboardInterrupt: print("stopped", flush=True)
+"""
+
+
+@pytest.mark.parametrize("wait", [0.3, 15])  # while workers start, and while they work
+def test_ctrl_c_ends_all_without_a_word_of_the_workers(tmp_path, wait):
+    (tmp_path / "jobs.py").write_text(INTERRUPTED)
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    here = os.environ | dict(PYTHONPATH=str(ROOT))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "jobs.py"], cwd=tmp_path, env=here, start_new_session=True,
+                          preexec_fn=hear, **pipes) as process:
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)
+        said, complaints = process.communicate(timeout=60)
+    assert said == "stopped\n" and not complaints and process.returncode == 0
+
+
+# Going on after a stop
+
+SCRIPT = f"""
 import sys
-from mmfer.ablations import Recipe, compare
-compare(sys.argv[1], sys.argv[2], recipe=Recipe(width=16, ffn=32, epochs=1, batch_size=64, members=1), seeds=2)
+from mmfer.ablations import compare
+from mmfer.core import from_dict
+from mmfer.features import FeatureConfig
+if __name__ == "__main__":
+    config = from_dict(FeatureConfig, {to_dict(QUICK)})
+    compare(sys.argv[1], sys.argv[2], config=config, seeds=2, jobs=2)
 """
 
 
 def test_a_killed_comparison_goes_on(first, toy, tmp_path):
     report, done = first
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, toy, out], stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 120
-    while len(list(out.glob("jobs/*.json"))) < 5 and process.poll() is None and time.monotonic() < limit: time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    (tmp_path / "run.py").write_text(SCRIPT)
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py", toy, out], stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 300
+    while len(list(out.glob("jobs/*.json"))) < 5 and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.kill()
     process.wait()
     before = {p: p.stat().st_mtime_ns for p in out.glob("jobs/*.json")}
     assert 5 <= len(before) < len(list(done.glob("jobs/*.json"))) and not (out / "compare.json").exists()
-    resumed = compare(toy, out, recipe=QUICK, seeds=2)
+    resumed = compare(toy, out, config=QUICK, seeds=2, **quietly)
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
-    without_time = lambda r: {name: {k: v for k, v in s.items() if k != "seconds"} for name, s in r["systems"].items()}
     assert without_time(resumed) == without_time(report)
 
 
 def test_more_seeds_reuse_the_first(toy, tmp_path, monkeypatch):
-    compare(toy, tmp_path, systems=("late",), folds="single", recipe=QUICK)
+    compare(toy, tmp_path, ("late",), "single", config=QUICK, **quietly)
     ran = []
-    real = ablations.run_job
-    monkeypatch.setattr(ablations, "run_job", lambda c, s, system, fold, seed: ran.append((system, seed)) or real(c, s, system, fold, seed))
-    compare(toy, tmp_path, systems=("late",), folds="single", recipe=QUICK, seeds=2)
+
+    def count(experiment, split, system, fold, seed):
+        ran.append((system, seed))
+        return train_and_test(experiment, split, system, fold, seed)
+
+    monkeypatch.setattr(ablations, "train_and_test", count)
+    report = compare(toy, tmp_path, ("late",), "single", seeds=2, config=QUICK, **quietly)
     assert ran == [(name, 1) for name in ("late", *BASELINES)]
+    assert len(read_results(tmp_path)["late"]) == 2 and report["seeds"] == 2
+    fewer = compare(toy, tmp_path, ("late",), "single", config=QUICK, **quietly)
+    assert fewer["systems"]["late"]["war"]["sd"] is None  # of one training
 
 
-def test_a_committee_is_the_mean_of_different_members(toy):
-    split = make_splits(load_features(toy).actor, "hicmae", n_val=0)[0]
-    _, test = fold_parts(load_features(toy), split)
-    members = [feature_model("early", (16, 32), QUICK).eval() for _ in range(3)]
-    votes = [m(test.audio, test.visual).logits.softmax(-1) for m in members]
-    assert not torch.allclose(votes[0], votes[1])
-    assert_close(Committee(members)(test.audio, test.visual), sum(votes) / 3)
-    sizes = [FeatureCorpus(toy, dataclasses.replace(QUICK, members=n)).run("early", split, 0)[1] for n in (1, 2)]
-    assert sizes[1] == 2 * sizes[0]
+def test_a_damaged_result_is_named(toy, tmp_path):
+    compare(toy, tmp_path, ("late",), "single", config=QUICK, **quietly)
+    (tmp_path / "jobs" / "late-fold0-seed0.json").write_text("{")
+    with pytest.raises(MmferError, match="late-fold0-seed0.json cannot be read.*delete it"):
+        compare(toy, tmp_path, ("late",), "single", config=QUICK, **quietly)
 
 
-def test_other_epochs_on_clips_are_refused(tmp_path):
-    ablations._require_same(tmp_path, dict(kind="media", epochs=None, lfm2=None))
-    with pytest.raises(MmferError, match="another epochs"): ablations._require_same(tmp_path, dict(kind="media", epochs=5, lfm2=None))
-    ablations._require_same(tmp_path, dict(kind="media", epochs=None, lfm2="weights"))
-    with pytest.raises(MmferError, match="another lfm2"): ablations._require_same(tmp_path, dict(kind="media", epochs=None, lfm2="others"))
-
-
-@pytest.mark.parametrize("change, named", [(dict(epochs=2), "recipe"), (dict(folds="single"), "folds")])
+@pytest.mark.parametrize("change, named", [(dict(epochs=2), "config"), (dict(folds="single"), "folds")])
 def test_another_comparison_is_refused(first, toy, change, named):
     _, out = first
-    with pytest.raises(MmferError, match=f"another {named}"): compare(toy, out, **dict(recipe=QUICK) | change)
+    with pytest.raises(MmferError, match=f"another {named}"):
+        compare(toy, out, **dict(config=QUICK) | change, **quietly)
 
 
-def test_other_features_are_refused(first, toy, tmp_path):
-    other = rewrite(toy, tmp_path / "other.npz", audio=np.load(toy)["audio"] + 1)
-    with pytest.raises(MmferError, match="another data"): compare(other, first[1], recipe=QUICK)
+@pytest.mark.parametrize("name", ["audio", "speaker", "emotion"])
+def test_other_features_are_refused(first, toy, tmp_path, name):
+    with np.load(toy) as f: changed = f[name][::-1]
+    other = rewrite(toy, tmp_path / "other.npz", **{name: changed})
+    with pytest.raises(MmferError, match="another data"):
+        compare(other, first[1], config=QUICK, **quietly)
 
 
-# --- figures
+def test_lfm2_weights_may_come_later_but_not_change(tmp_path):
+    settings = dict(kind="clips", epochs=None, lfm2=None)
+    ablations._require_same(tmp_path, settings)
+    ablations._require_same(tmp_path, settings | dict(lfm2="weights"))
+    with pytest.raises(MmferError, match="another lfm2"):
+        ablations._require_same(tmp_path, settings | dict(lfm2="others"))
+
+
+# Figures
+
 
 def results(seeds=2, right=0.7):
     rng = np.random.default_rng(0)
+
     def one(fold, seed):
-        actor, label = np.repeat([2 * fold + 1, 2 * fold + 2], 40), rng.integers(0, 8, 80)
+        speaker = np.repeat([f"{2 * fold}", f"{2 * fold + 1}"], 40).tolist()
+        label = rng.integers(0, 8, 80)
         guess = np.where(rng.random(80) < right, label, rng.integers(0, 8, 80))
-        return Result("x", fold, seed, [f"{fold}-{i}" for i in range(80)], actor.tolist(), label.tolist(), guess.tolist(), 1, 1.0)
+        clip = [f"{fold}-{i}" for i in range(80)]
+        said = dict(label=label.tolist(), prediction=guess.tolist(), parameters=1, seconds=1.0)
+        return Result("x", fold, seed, list(RAVDESS_EMOTIONS), clip, speaker, **said)
     return [one(fold, seed) for fold in range(3) for seed in range(seeds)]
+
+
+def joined(runs):
+    columns = [np.concatenate([getattr(r, k) for r in runs]) for k in ("label", "prediction", "speaker")]
+    return speaker_matrices(*columns, 8)
 
 
 def test_interval_is_that_of_the_evaluation_chapter():
     runs = results(seeds=1)
-    joined = [np.concatenate([getattr(r, k) for r in runs]) for k in ("label", "prediction", "actor")]
-    assert summarise_metric(runs, "uar")["ci"] == pytest.approx(bootstrap_interval(*joined, "uar"))
+    for metric in BOOTSTRAPPED:
+        expected = bootstrap_interval(joined(runs), metric)
+        assert summarise_metric(runs, metric)["ci"] == pytest.approx(expected)
 
 
-def test_one_training_has_no_deviation_and_one_actor_no_interval():
+def test_mean_is_over_folds_and_deviation_over_trainings():
+    runs = results()
+    war = [np.mean(np.equal(r.label, r.prediction)) for r in runs]
+    summary = summarise_metric(runs, "war")
+    assert summary["folds"] == pytest.approx([np.mean(war[i:i + 2]) for i in (0, 2, 4)])
+    assert summary["mean"] == pytest.approx(np.mean(war))
+    assert summary["sd"] == pytest.approx(np.std(war, ddof=1))
+
+
+def test_one_training_has_no_deviation_and_one_speaker_no_interval():
     one = results(seeds=1)[0]
     assert summarise_metric([one], "war")["sd"] is None
-    alone = dataclasses.replace(one, actor=[1] * 80)
+    alone = dataclasses.replace(one, speaker=["1"] * 80)
     assert summarise_metric([alone], "war")["ci"] is None
+    report = dict(systems=dict(x=summarise_system([alone])), emotions=RAVDESS_EMOTIONS)
+    assert comparison_table(report).WAR["x"] == f"{summarise_metric([alone], 'war')['mean']:.3f}"
+    assert plot_systems(report).axes
 
 
 def test_a_system_does_not_differ_from_itself():
@@ -253,54 +370,81 @@ def test_paired_difference_sees_a_better_system():
     assert 0.2 < low < difference < high
 
 
+def test_paired_difference_cancels_what_is_hard_for_both():
+    "b misses one clip more per speaker than a: the difference is certain, though speakers differ widely."
+    a = [Result("a", 0, 0, ["x", "y"], [f"{k}-{i}" for k in range(6) for i in range(10)],
+                [str(k) for k in range(6) for _ in range(10)], [0] * 60,
+                [int(i < k) for k in range(6) for i in range(10)], 1, 1.0)]
+    b = [dataclasses.replace(a[0], system="b", prediction=[int(i <= k) for k in range(6) for i in range(10)])]
+    difference, interval = paired_difference(a, b, "war")
+    assert difference == pytest.approx(0.1) and interval == pytest.approx([0.1, 0.1])
+    low, high = summarise_metric(a, "war")["ci"]
+    assert high - low > 0.2
+
+
 def test_fusions_pass_single_modalities(toy, tmp_path):
-    systems = compare(toy, tmp_path, folds="single", recipe=LEARN, systems=("audio_only", "visual_only", "early", "attention", "lfm2_lightweight"))["systems"]
-    single = max(systems[name]["uar"]["mean"] for name in ("audio_only", "visual_only"))
-    for name in ("early", "attention", "lfm2_lightweight"): assert systems[name]["uar"]["mean"] >= single + 0.2, name
-
-
-# --- faults
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(audio=None), "no array 'audio'"),
-    (dict(audio=np.zeros((360, 16))), "do not fit"),
-    (dict(visual=np.zeros((359, 8, 16))), "do not fit"),
-    (dict(emotion=np.zeros(360, int)), "not from 1 to 8"),
-    (dict(actor=np.ones(5, int)), "different lengths"),
-    (dict(clip=["same"] * 360), "twice"),
-    (dict(visual=np.full((360, 16), np.nan)), "clip-0000 are not finite")])
-def test_bad_features_are_refused(toy, tmp_path, changes, message):
-    with pytest.raises(MmferError, match=message): load_features(rewrite(toy, tmp_path / "bad.npz", **changes))
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"no archive"])
-def test_unreadable_file_is_refused(tmp_path, content):
-    (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(MmferError, match="x.npz is not a readable"): load_features(tmp_path / "x.npz")
+    names = ("audio_only", "visual_only", "early", "attention", "lfm2_lightweight")
+    systems = compare(toy, tmp_path, names, "single", config=LEARN, **quietly)["systems"]
+    single = max(systems[name]["uar"]["mean"] for name in names[:2])
+    assert single <= 0.55  # what one modality can know
+    for name in names[2:]: assert systems[name]["uar"]["mean"] >= single + 0.15, name
 
 
 def test_missing_data_is_refused(tmp_path):
-    with pytest.raises(MmferError, match="nothing.npz does not exist"): compare(tmp_path / "nothing.npz", tmp_path / "out")
+    with pytest.raises(MmferError, match="nothing.npz does not exist"):
+        compare(tmp_path / "nothing.npz", tmp_path)
 
 
-def test_visual_features_of_a_clip_are_repeated(toy, tmp_path):
-    flat = rewrite(toy, tmp_path / "flat.npz", visual=np.load(toy)["visual"][:, 0])
-    visual = load_features(flat).visual
-    assert visual.shape == (360, 8, 16) and (visual == visual[:, :1]).all()
+# Any corpus
 
 
-# --- from clips
+def test_three_emotions_and_text_speakers_from_a_features_file(toy, tmp_path):
+    own = rewrite(toy, tmp_path / "own.npz", emotion=np.resize(["shy", "bored", "proud"], 360), emotions=None,
+                  speaker=np.repeat(["Ann", "Bob", "Cem", "Dee"], 90))
+    report = compare(own, tmp_path / "out", ("early", "late"), "hicmae", config=QUICK, **quietly)
+    assert report["emotions"] == ["bored", "proud", "shy"]
+    assert sorted(sum(report["folds"], [])) == ["Ann", "Bob", "Cem", "Dee"]
+    assert report["systems"]["majority"]["uar"]["mean"] == pytest.approx(1 / 3)
+    tested = read_results(tmp_path / "out")["early"]
+    assert {p for r in tested for p in r.prediction} <= {0, 1, 2}
 
-def test_compare_on_clips(tmp_path):
-    make_toy(tmp_path / "toy", actors=3, clips_per_actor=8, progress=False)
-    report = compare(tmp_path / "toy", tmp_path / "out", systems=("early",), folds="single", epochs=1)
-    assert report["kind"] == "media" and list(report["systems"]) == ["early", *BASELINES]
-    assert [len(r.clip) for r in read_results(tmp_path / "out")["early"]] == [8]
+
+def own_csv(clips, path):
+    "The toy's clips under other names: three emotions, speakers as words."
+    table = Corpus.from_folder(clips).table
+    table = table[table.emotion.isin(["happy", "sad", "angry"])]
+    emotion = table.emotion.map(dict(happy="proud", sad="shy", angry="bored"))
+    names = dict(zip(sorted(table.speaker.unique()), ("Ann", "Bob", "Cem")))
+    clip = [f"take {k}" for k in range(len(table))]
+    speaker = table.speaker.map(names)
+    pd.DataFrame(dict(path=table.path, emotion=emotion, speaker=speaker, clip=clip)).to_csv(path)
+    return path
 
 
-# --- kept results
+def test_three_emotions_and_text_speakers_from_a_csv(clips, tmp_path):
+    data = own_csv(clips, tmp_path / "own.csv")
+    report = compare(data, tmp_path / "out", ("early",), "single", epochs=1, faces="none", **quietly)
+    assert report["kind"] == "clips" and report["emotions"] == ["bored", "proud", "shy"]
+    assert report["folds"] == [["Cem"]] and list(report["systems"]) == ["early", *BASELINES]
+    [result] = read_results(tmp_path / "out")["early"]
+    assert result.speaker == ["Cem"] * 3 and sorted(result.label) == [0, 1, 2]
 
-def kept(name): return json.loads((ROOT / "benchmarks" / "results" / f"compare_{name}" / "compare.json").read_text(encoding="utf-8"))
+
+def test_a_folder_and_its_prepared_set_give_the_same(clips, tmp_path):
+    prepare(clips, tmp_path / "set", crop_size=64, faces="none", progress=False)
+    settings = dict(systems=("early",), folds="single", epochs=1, **quietly)
+    raw = compare(clips, tmp_path / "raw", **settings)
+    prepared = compare(tmp_path / "set", tmp_path / "prepared", **settings)
+    assert [len(r.clip) for r in read_results(tmp_path / "raw")["early"]] == [8]
+    assert without_time(raw) == without_time(prepared)
+
+
+# Kept results
+
+
+def kept(name):
+    folder = ROOT / "benchmarks" / "results" / f"compare_{name}"
+    return json.loads((folder / "compare.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", ["toy", "ravdess"])
@@ -313,14 +457,17 @@ def test_chapter_shows_the_kept_results(name):
 def test_kept_toy_results_reach_the_goal():
     systems = kept("toy")["systems"]
     single = max(systems[name]["uar"]["mean"] for name in ("audio_only", "visual_only"))
-    for name in ("early", "late", "attention", "lfm2_lightweight"): assert systems[name]["uar"]["mean"] >= single + 0.2, name
+    for name in ("early", "late", "attention", "lfm2_lightweight"):
+        assert systems[name]["uar"]["mean"] >= single + 0.2, name
 
 
 def test_kept_results_are_those_of_the_features(shared_data):
-    before, corpus = kept("ravdess"), FeatureCorpus(shared_data / "ravdess_features" / "ravdess_actors01-20.npz")
-    assert {k: before[k] for k in corpus.settings()} == corpus.settings()
-    splits = corpus.splits("hicmae")
+    experiment = FeatureExperiment(shared_data / "ravdess_features" / "ravdess_actors01-20.npz")
+    before = kept("ravdess")
+    assert {k: before[k] for k in experiment.settings()} == experiment.settings()
+    assert from_dict(FeatureConfig, before["config"]) == FeatureConfig()
+    splits = experiment.folds("hicmae")
     assert before["folds"] == [s.test for s in splits]
-    votes = [corpus.run("logistic_regression", s, 0)[0] for s in splits]
-    war = [float(np.mean(v == corpus.test_clips(s)["label"])) for v, s in zip(votes, splits)]
-    assert war == pytest.approx(before["systems"]["logistic_regression"]["war"]["folds"], abs=0.005)
+    done = [train_and_test(experiment, s, "logistic_regression", k, 0) for k, s in enumerate(splits)]
+    war = before["systems"]["logistic_regression"]["war"]["folds"]
+    assert summarise_metric(done, "war")["folds"] == pytest.approx(war, abs=0.005)

@@ -145,6 +145,14 @@ def test_a_clip_is_changed_in_all_its_parts_and_the_original_stays():
     assert changed["label"] == 2 and changed["clip"] == "clip-0"
 
 
+def test_the_sound_of_most_clips_changes():
+    item = Clips()[0]
+    unchanged = 0
+    for seed in range(24):
+        with seeded(seed): unchanged += torch.equal(augment_clip(item)["audio"], item["audio"])
+    assert 0 < unchanged < 12  # each of three changes has a probability of one half
+
+
 @pytest.mark.parametrize("gone", ["audio", "video"])
 def test_a_clip_without_sound_or_pictures_stays_without(gone):
     item = {k: v for k, v in Clips()[0].items() if k not in (gone, "roi_mask")}

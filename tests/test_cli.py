@@ -26,6 +26,14 @@ TINY = ["--preset", "tiny", "--epochs", "1"]
 NAMES = {"01": "Anna", "02": "Ben", "03": "Chloe"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
+    "Clips are prepared in this process: others would take longer to start than the few clips take."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.cpu_count", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return make_toy(tmp_path_factory.mktemp("toy"), actors=3, clips_per_actor=16, progress=False)

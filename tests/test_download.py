@@ -1,5 +1,6 @@
 """A download ends with the right bytes or one sentence, whatever the line, the server and the archive do."""
 import errno
+import hashlib
 import io
 import json
 import os
@@ -20,14 +21,15 @@ from hypothesis import strategies as st
 
 import mmfer.download
 from mmfer.core import MmferError
-from mmfer.corpus import clip_table
+from mmfer.corpus import RAVDESS_SPEAKERS, Corpus
 from mmfer.download import (
     LICENCE, TRIES, archive_name, download, fetch, open_source, parse_actors, resume_download, unpack)
-from mmfer.prepare import prepared_table
+from mmfer.prepare import prepared_corpus
 from mmfer.toy import make_toy
 
+ACTORS = ("01", "02", "03")
 CLIP, OTHER = "01-01-01-01-01-01-01.mp4", "01-01-02-01-01-01-01.mp4"
-HOW = dict(faces="none", size=64, workers=0, progress=False)
+HOW = dict(faces="none", crop_size=64, workers=0, progress=False)
 
 
 class Site(BaseHTTPRequestHandler):
@@ -72,15 +74,15 @@ def site(monkeypatch):
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
-    "{name: bytes} of three actors' archives, laid out as RAVDESS' are, silent twins included."
+    "{name: bytes} of three actors' archives, laid out as RAVDESS's are, silent twins included."
     root = tmp_path_factory.mktemp("corpus")
-    corpus = make_toy(root / "toy", actors=3, clips_per_actor=8, size=32, seconds=1.2, workers=1, progress=False)
-    for actor in (1, 2, 3):
+    make_toy(root / "toy", actors=3, clips_per_actor=8, size=32, seconds=1.2, workers=1, progress=False)
+    for actor in ACTORS:
         with zipfile.ZipFile(root / archive_name(actor), "w") as z:
-            for p in sorted((corpus / f"Actor_{actor:02}").iterdir()):
-                z.write(p, f"Actor_{actor:02}/{p.name}")
-                z.write(p, f"Actor_{actor:02}/02{p.name[2:]}")
-    return {archive_name(a): (root / archive_name(a)).read_bytes() for a in (1, 2, 3)}
+            for p in sorted((root / "toy" / f"Actor_{actor}").iterdir()):
+                z.write(p, f"Actor_{actor}/{p.name}")
+                z.write(p, f"Actor_{actor}/02{p.name[2:]}")
+    return {archive_name(a): (root / archive_name(a)).read_bytes() for a in ACTORS}
 
 
 @pytest.fixture
@@ -90,11 +92,18 @@ def mirror(site, archives, tmp_path):
     return dict(base_url=site.url, registry=registry(tmp_path, archives))
 
 
+def md5(data): return f"md5:{hashlib.md5(data).hexdigest()}"
+
+
 def registry(folder, files):
-    for name, data in files.items(): (folder / "hash.tmp").write_bytes(data), (folder / "line.tmp").open("a").write(
-        f"{name} md5:{pooch.file_hash(folder / 'hash.tmp', alg='md5')}\n")
-    (folder / "hash.tmp").unlink()
-    return (folder / "line.tmp").rename(folder / "registry.txt")
+    path = folder / "registry.txt"
+    path.write_text("".join(f"{name} {md5(data)}\n" for name, data in files.items()))
+    return path
+
+
+def sizes(folder):
+    "How many clips of each speaker are in a prepared set."
+    return prepared_corpus(folder).table.groupby("speaker").size().to_dict()
 
 
 def left(folder):
@@ -102,7 +111,9 @@ def left(folder):
     return sorted(p.name for p in folder.iterdir() if p.suffix != ".lock")
 
 
-@pytest.mark.parametrize("text, wanted", [("1-24", list(range(1, 25))), ("7", [7]), ("1,3,5-8", [1, 3, 5, 6, 7, 8]), (" 2 , 1-2", [1, 2]), ("09", [9])])
+@pytest.mark.parametrize("text, wanted", [
+    ("1-24", RAVDESS_SPEAKERS), ("7", ["07"]), ("1,3,5-8", ["01", "03", "05", "06", "07", "08"]),
+    (" 2 , 1-2", ["01", "02"]), ("09", ["09"])])
 def test_actors_are_read(text, wanted):
     assert parse_actors(text) == wanted
 
@@ -132,7 +143,8 @@ def test_a_broken_download_goes_on(site, tmp_path, plan, starts):
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(plan=st.lists(st.sampled_from(["half", "no range", "hang up", "429", "500"]), max_size=4), have=st.integers(0, len(DATA)))
+@given(plan=st.lists(st.sampled_from(["half", "no range", "hang up", "429", "500"]), max_size=4),
+       have=st.integers(0, len(DATA)))
 def test_any_mix_of_faults_ends_with_the_same_bytes(site, tmp_path, plan, have):
     site.files["x.zip"], site.plan = DATA, list(plan)
     (tmp_path / "p.part").write_bytes(DATA[:have])
@@ -141,7 +153,7 @@ def test_any_mix_of_faults_ends_with_the_same_bytes(site, tmp_path, plan, have):
 
 
 def test_a_killed_download_goes_on_in_the_next_call(site, tmp_path, mirror, archives):
-    name = archive_name(1)
+    name = archive_name("01")
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / f"{name}.part").write_bytes(archives[name][:10_000])
     source = open_source(tmp_path / "raw", **mirror)
@@ -150,11 +162,12 @@ def test_a_killed_download_goes_on_in_the_next_call(site, tmp_path, mirror, arch
 
 
 def test_a_part_of_another_file_is_found_out_and_forgotten(site, tmp_path, mirror, archives):
-    name = archive_name(1)
+    name = archive_name("01")
     source = open_source(tmp_path / "raw", **mirror)
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / f"{name}.part").write_bytes(bytes(10_000))
-    with pytest.raises(MmferError, match=f"^{name} has a wrong checksum and was deleted"): fetch(source, name, progress=False)
+    told = f"^{name} has a wrong checksum and was deleted"
+    with pytest.raises(MmferError, match=told): fetch(source, name, progress=False)
     assert left(tmp_path / "raw") == []
     assert fetch(source, name, progress=False).read_bytes() == archives[name]
 
@@ -165,7 +178,8 @@ def test_a_part_of_another_file_is_found_out_and_forgotten(site, tmp_path, mirro
 ])
 def test_a_server_that_never_gives_in_ends_with_one_sentence(site, tmp_path, habit, n, sentence):
     site.files["x.zip"], site.habit = DATA, habit
-    with pytest.raises(MmferError, match=sentence): resume_download(site.url + "x.zip", tmp_path / "x.part", progress=False)
+    with pytest.raises(MmferError, match=sentence):
+        resume_download(site.url + "x.zip", tmp_path / "x.part", progress=False)
     assert len(site.log) == n and not list(tmp_path.iterdir())
 
 
@@ -178,56 +192,62 @@ def test_a_server_that_breaks_off_and_ignores_range_ends_with_one_sentence(site,
 
 def test_nobody_answers(tmp_path, site):
     site.shutdown(), site.server_close()
-    with pytest.raises(MmferError, match="can't be fetched"): resume_download(site.url + "x.zip", tmp_path / "x.part", progress=False)
+    with pytest.raises(MmferError, match="can't be fetched"):
+        resume_download(site.url + "x.zip", tmp_path / "x.part", progress=False)
 
 
 def test_a_lie_about_the_checksum_leaves_nothing(site, tmp_path, mirror):
     lie = tmp_path / "lie.txt"
-    lie.write_text(f"{archive_name(1)} md5:{'0' * 32}\n")
+    lie.write_text(f"{archive_name('01')} md5:{'0' * 32}\n")
     with pytest.raises(MmferError, match="wrong checksum"):
-        download(tmp_path / "raw", [1], base_url=site.url, registry=lie, progress=False)
+        download(tmp_path / "raw", ["01"], base_url=site.url, registry=lie, progress=False)
     assert left(tmp_path / "raw") == ["LICENCE.txt"]
 
 
 def test_room_is_asked_for_before_the_first_byte(site, tmp_path, mirror, archives, monkeypatch):
-    size = len(archives[archive_name(1)])
+    size = len(archives[archive_name("01")])
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size - 1))
-    with pytest.raises(MmferError, match=f"MB free, but fetching and unpacking, starting with {archive_name(1)}, needs"):
-        download(tmp_path / "raw", [1], tmp_path / "set", **mirror, **HOW)
+    told = f"MB free, but fetching and unpacking, starting with {archive_name('01')}, needs"
+    with pytest.raises(MmferError, match=told):
+        download(tmp_path / "raw", ["01"], tmp_path / "set", **mirror, **HOW)
     assert left(tmp_path / "raw") == []
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size))
-    download(tmp_path / "raw", [1], tmp_path / "set", **mirror, **HOW)
+    download(tmp_path / "raw", ["01"], tmp_path / "set", **mirror, **HOW)
     with pytest.raises(MmferError, match="make room"):  # clips that are kept need room for every actor
-        download(tmp_path / "raw", [1, 2], **mirror, progress=False)
+        download(tmp_path / "raw", ["01", "02"], **mirror, progress=False)
 
 
 @pytest.mark.parametrize("to", [None, "set"])
 def test_a_full_disk_is_one_sentence(site, tmp_path, mirror, monkeypatch, to):
     def full(packed, f): raise OSError(errno.ENOSPC, "No space left on device")
-    with monkeypatch.context() as m, pytest.raises(MmferError, match=r"raw can't be written \(No space left on device\): make room"):
+    told = r"raw cannot be read or written \(No space left on device\): make room"
+    with monkeypatch.context() as m, pytest.raises(MmferError, match=told):
         m.setattr("shutil.copyfileobj", full)
-        download(tmp_path / "raw", [1], to and tmp_path / to, **mirror, **HOW)
-    assert left(tmp_path / "raw") == [".archives", *["LICENCE.txt"] * (not to)] and left(tmp_path / "raw" / ".archives") == [archive_name(1)]
-    download(tmp_path / "raw", [1], to and tmp_path / to, **mirror, **HOW)
-    assert site.log == [(archive_name(1), 0)]
+        download(tmp_path / "raw", ["01"], to and tmp_path / to, **mirror, **HOW)
+    assert left(tmp_path / "raw") == [".archives", *["LICENCE.txt"] * (not to)]
+    assert left(tmp_path / "raw" / ".archives") == [archive_name("01")]
+    download(tmp_path / "raw", ["01"], to and tmp_path / to, **mirror, **HOW)
+    assert site.log == [(archive_name("01"), 0)]
 
 
 def test_a_folder_that_cannot_be(site, tmp_path, mirror):
     (tmp_path / "raw").write_text("a file where the folder should be")
-    with pytest.raises(MmferError, match="raw can't be written .*: make room or choose another folder"):
-        download(tmp_path / "raw", [1], **mirror, progress=False)
+    with pytest.raises(MmferError, match="raw cannot be read or written .*: make room"):
+        download(tmp_path / "raw", ["01"], **mirror, progress=False)
 
 
 def test_clips_are_kept_as_they_are(site, tmp_path, mirror, archives, capsys):
-    bad = download(tmp_path / "raw", [1, 3], **mirror, progress=False)
+    bad = download(tmp_path / "raw", ["01", "03"], **mirror, progress=False)
     assert len(bad) == 0 and left(tmp_path / "raw") == ["Actor_01", "Actor_03", "LICENCE.txt"]
-    assert LICENCE in capsys.readouterr().out and (tmp_path / "raw" / "LICENCE.txt").read_text() == LICENCE + "\n"
-    with zipfile.ZipFile(io.BytesIO(archives[archive_name(3)])) as z:
+    assert LICENCE in capsys.readouterr().out
+    assert (tmp_path / "raw" / "LICENCE.txt").read_text() == LICENCE + "\n"
+    with zipfile.ZipFile(io.BytesIO(archives[archive_name("03")])) as z:
         for info in z.infolist(): assert (tmp_path / "raw" / info.filename).read_bytes() == z.read(info)
-    assert clip_table(tmp_path / "raw").groupby("actor").size().to_dict() == {1: 8, 3: 8}
+    table = Corpus.from_folder(tmp_path / "raw").table
+    assert table.groupby("speaker").size().to_dict() == {"01": 8, "03": 8}
     site.log.clear()
-    download(tmp_path / "raw", [1, 2, 3], **mirror, progress=False)
-    assert site.log == [(archive_name(2), 0)]
+    download(tmp_path / "raw", ["01", "02", "03"], **mirror, progress=False)
+    assert site.log == [(archive_name("02"), 0)]
 
 
 def test_actors_are_prepared_one_by_one(site, tmp_path, mirror, monkeypatch):
@@ -236,72 +256,80 @@ def test_actors_are_prepared_one_by_one(site, tmp_path, mirror, monkeypatch):
         seen.append(left(tmp_path / "raw" / ".archives"))
         return real(folder, *args, **kwargs)
     monkeypatch.setattr(mmfer.download, "prepare", spy)
-    download(tmp_path / "raw", [1, 2], tmp_path / "set", **mirror, **HOW)
-    assert seen == [[f".Actor_{a:02}", archive_name(a)] for a in (1, 2)]  # never two actors on the disk
+    download(tmp_path / "raw", ["01", "02"], tmp_path / "set", **mirror, **HOW)
+    assert seen == [[f".Actor_{a}", archive_name(a)] for a in ("01", "02")]  # never two actors on the disk
     assert left(tmp_path / "raw") == [] and (tmp_path / "set" / "LICENCE.txt").exists()
-    assert prepared_table(tmp_path / "set").groupby("actor").size().to_dict() == {1: 8, 2: 8}  # without the silent twins
+    assert sizes(tmp_path / "set") == {"01": 8, "02": 8}  # without the silent twins
     site.log.clear()
-    download(tmp_path / "raw", [1, 2, 3], tmp_path / "set", **mirror, **HOW)
-    assert site.log == [(archive_name(3), 0)]
-    assert sorted(prepared_table(tmp_path / "set")["actor"].unique()) == [1, 2, 3]
+    download(tmp_path / "raw", ["01", "02", "03"], tmp_path / "set", **mirror, **HOW)
+    assert site.log == [(archive_name("03"), 0)]
+    assert sizes(tmp_path / "set") == {"01": 8, "02": 8, "03": 8}
 
 
 def test_a_bad_clip_is_listed_and_the_rest_goes_on(site, tmp_path, archives):
-    broken = tmp_path / archive_name(1)
-    with zipfile.ZipFile(io.BytesIO(archives[archive_name(1)])) as z, zipfile.ZipFile(broken, "w") as out:
-        for info in z.infolist(): out.writestr(info.filename, b"no clip" if info.filename.endswith(CLIP) else z.read(info))
-    site.files |= archives | {archive_name(1): broken.read_bytes()}
+    broken = tmp_path / archive_name("01")
+    with zipfile.ZipFile(io.BytesIO(archives[archive_name("01")])) as z, zipfile.ZipFile(broken, "w") as out:
+        for name in z.namelist(): out.writestr(name, b"no clip" if name.endswith(CLIP) else z.read(name))
+    site.files |= archives | {archive_name("01"): broken.read_bytes()}
     how = dict(base_url=site.url, registry=registry(tmp_path, site.files)) | HOW
-    bad = download(tmp_path / "raw", [1, 2], tmp_path / "set", **how)
+    bad = download(tmp_path / "raw", ["01", "02"], tmp_path / "set", **how)
     assert list(bad["clip"]) == [CLIP[:-4]] and list(bad.columns) == ["clip", "path", "reason"]
-    assert prepared_table(tmp_path / "set").groupby("actor").size().to_dict() == {1: 7, 2: 8}
+    assert sizes(tmp_path / "set") == {"01": 7, "02": 8}
     site.log.clear()
-    pd.testing.assert_frame_equal(download(tmp_path / "raw", [1, 2], tmp_path / "set", **how), bad)
+    pd.testing.assert_frame_equal(download(tmp_path / "raw", ["01", "02"], tmp_path / "set", **how), bad)
     assert not site.log
 
 
 def test_a_lost_clip_is_fetched_again(site, tmp_path, mirror):
     how = mirror | HOW
-    download(tmp_path / "raw", [1, 2], tmp_path / "set", **how)
-    whole = prepared_table(tmp_path / "set")
-    for row in (3, 12): os.unlink(whole["path"][row])  # one of each actor
+    download(tmp_path / "raw", ["01", "02"], tmp_path / "set", **how)
+    whole = prepared_corpus(tmp_path / "set").table
+    for speaker in ("01", "02"): os.unlink(whole[whole.speaker == speaker]["path"].iloc[3])
     site.log.clear()
-    with pytest.raises(MmferError, match="has lost the clip"): download(tmp_path / "raw", [2, 3], tmp_path / "set", **how)
-    assert site.log == [(archive_name(2), 0), (archive_name(3), 0)]
-    download(tmp_path / "raw", [1, 2, 3], tmp_path / "set", **how)
-    assert site.log[2:] == [(archive_name(1), 0)] and len(prepared_table(tmp_path / "set")) == 24
+    with pytest.raises(MmferError, match="has lost the clip"):
+        download(tmp_path / "raw", ["02", "03"], tmp_path / "set", **how)
+    assert site.log == [(archive_name("02"), 0), (archive_name("03"), 0)]
+    download(tmp_path / "raw", ["01", "02", "03"], tmp_path / "set", **how)
+    assert site.log[2:] == [(archive_name("01"), 0)] and len(prepared_corpus(tmp_path / "set")) == 24
 
 
-@pytest.mark.parametrize("change, words", [(dict(size=96), "size 64, not 96"), (dict(faces=None), "faces none, not opencv"), (dict(size=0), "size 0 is not possible")])
+@pytest.mark.parametrize("change, words", [
+    (dict(crop_size=96), "crop_size 64, not 96"), (dict(faces=None), "faces none, not opencv"),
+    (dict(crop_size=0), "crop_size cannot be 0"), (dict(n_frames=None, crop_size=9), "crop_size 64, not 9")])
 def test_other_settings_are_refused_before_anything_is_fetched(site, tmp_path, mirror, change, words):
-    download(tmp_path / "raw", [1], tmp_path / "set", **mirror, **HOW)
+    download(tmp_path / "raw", ["01"], tmp_path / "set", **mirror, **HOW)
     site.log.clear()
-    for actors in ([1], [1, 2]):
-        with pytest.raises(MmferError, match=words): download(tmp_path / "raw", actors, tmp_path / "set", **mirror | HOW | change)
+    how = mirror | HOW | change
+    for actors in (["01"], ["01", "02"]):
+        with pytest.raises(MmferError, match=words):
+            download(tmp_path / "raw", actors, tmp_path / "set", **how)
     assert not site.log
 
 
 @pytest.mark.parametrize("to", [None, "set"])
 def test_archives_of_the_user_stay(site, tmp_path, mirror, archives, to):
     (tmp_path / "raw").mkdir()
-    mine = tmp_path / "raw" / archive_name(1)
+    mine = tmp_path / "raw" / archive_name("01")
     mine.write_bytes(archives[mine.name])
-    for _ in range(2): download(tmp_path / "raw", [1], to and tmp_path / to, **mirror, **HOW)
+    for _ in range(2): download(tmp_path / "raw", ["01"], to and tmp_path / to, **mirror, **HOW)
     assert mine.read_bytes() == archives[mine.name] and not (tmp_path / "raw" / ".archives").exists()
 
 
 def test_an_empty_folder_of_an_actor_is_not_done(site, tmp_path, mirror):
     (tmp_path / "raw" / "Actor_01").mkdir(parents=True)
-    download(tmp_path / "raw", [1], **mirror, progress=False)
-    assert len(clip_table(tmp_path / "raw")) == 8
+    download(tmp_path / "raw", ["01"], **mirror, progress=False)
+    assert len(Corpus.from_folder(tmp_path / "raw")) == 8
 
 
 def test_a_server_that_sends_another_part_is_told(site, tmp_path, monkeypatch):
     reply = Site.reply
-    monkeypatch.setattr(Site, "reply", lambda self, code, body, more={}, sent=None: reply(self, code, body, more and {"Content-Range": "bytes 5-9/10"}, sent))
+    def lies(self, code, body, more={}, sent=None):
+        reply(self, code, body, more and {"Content-Range": "bytes 5-9/10"}, sent)
+    monkeypatch.setattr(Site, "reply", lies)
     site.files["x.zip"], part = DATA, tmp_path / "x.part"
     part.write_bytes(DATA[:100])
-    with pytest.raises(MmferError, match="sends another part than was asked for"): resume_download(site.url + "x.zip", part, progress=False)
+    with pytest.raises(MmferError, match="sends another part than was asked for"):
+        resume_download(site.url + "x.zip", part, progress=False)
     assert part.read_bytes() == DATA[:100]
 
 
@@ -326,53 +354,60 @@ def test_killed_at_any_point_nothing_is_fetched_twice(site, tmp_path, mirror, ar
     child = os.fork()
     if not child:
         setattr(place, where, dies)
-        try: download(tmp_path / "raw", [1, 2, 3], tmp_path / "set", **mirror, **HOW)
+        try: download(tmp_path / "raw", ["01", "02", "03"], tmp_path / "set", **mirror, **HOW)
         finally: os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    download(tmp_path / "raw", [1, 2, 3], tmp_path / "set", **mirror, **HOW)
-    again = [(archive_name(2), len(archives[archive_name(2)]))] * (where == "_stream")  # "is there more?" "no"
-    assert sorted(site.log) == sorted([(archive_name(a), 0) for a in (1, 2, 3)] + again)
-    assert left(tmp_path / "raw") == [] and len(prepared_table(tmp_path / "set")) == 24
+    download(tmp_path / "raw", ["01", "02", "03"], tmp_path / "set", **mirror, **HOW)
+    name = archive_name("02")
+    again = [(name, len(archives[name]))] * (where == "_stream")  # "is there more?" "no"
+    assert sorted(site.log) == sorted([(archive_name(a), 0) for a in ACTORS] + again)
+    assert left(tmp_path / "raw") == [] and len(prepared_corpus(tmp_path / "set")) == 24
 
 
 def test_two_downloads_into_one_folder(site, tmp_path, mirror):
     (tmp_path / "raw").mkdir()
-    with FileLock(tmp_path / "raw" / ".download.lock"), pytest.raises(MmferError, match="in use by another download"):
-        download(tmp_path / "raw", [1], **mirror, progress=False)
+    lock = FileLock(tmp_path / "raw" / ".download.lock")
+    with lock, pytest.raises(MmferError, match="in use by another download"):
+        download(tmp_path / "raw", ["01"], **mirror, progress=False)
     assert not site.log
 
 
 def test_unknown_actors_lists_and_addresses(site, tmp_path, mirror):
-    for kwargs, sentence in ((mirror, "Actor_09.zip is not in the list of"), (dict(base_url=site.url), "pass a registry"),
-                             (dict(base_url=site.url, registry=tmp_path / "gone.txt"), "gone.txt can't be read")):
-        with pytest.raises(MmferError, match=sentence): download(tmp_path / "raw", [9], **kwargs, progress=False)
+    gone = dict(base_url=site.url, registry=tmp_path / "gone.txt")
+    for kwargs, sentence in ((mirror, "Actor_09.zip is not in the list"), (gone, "gone.txt cannot be read"),
+                             (dict(base_url=site.url), "pass a registry")):
+        with pytest.raises(MmferError, match=sentence):
+            download(tmp_path / "raw", ["09"], **kwargs, progress=False)
 
 
 def test_a_damaged_list_of_what_is_done(tmp_path, mirror):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "downloaded.json").write_text("{")
-    with pytest.raises(MmferError, match="downloaded.json is damaged: delete it"):
-        download(tmp_path / "raw", [1], tmp_path / "set", **mirror, **HOW)
+    with pytest.raises(MmferError, match="downloaded.json cannot be read .*: delete it"):
+        download(tmp_path / "raw", ["01"], tmp_path / "set", **mirror, **HOW)
 
 
 def test_names_and_checksums_come_from_the_doi(site, tmp_path, archives, monkeypatch):
     "Zenodo's answer, as pooch reads it, from the server on this machine."
-    name = archive_name(2)
+    name = archive_name("02")
     (tmp_path / name).write_bytes(archives[name])
-    entry = dict(key=name, checksum=f"md5:{pooch.file_hash(tmp_path / name, alg='md5')}", links=dict(self=site.url + name))
+    entry = dict(key=name, checksum=md5(archives[name]), links=dict(self=site.url + name))
     site.files |= archives | {"records/1188976": json.dumps(dict(id=1188976, files=[entry])).encode()}
     zenodo = pooch.downloaders.ZenodoRepository
     monkeypatch.setattr(zenodo, "base_api_url", site.url + "records")
-    monkeypatch.setattr(mmfer.download, "doi_to_repository", lambda doi, **how: zenodo(doi, f"https://zenodo.org/records/{doi.split('.')[-1]}", **how))
-    download(tmp_path / "raw", [2], progress=False)
-    assert left(tmp_path / "raw" / "Actor_02") == sorted(p + q[2:] for q in clip_names(archives[name]) for p in ("01", "02"))
+    def of_doi(doi, **how): return zenodo(doi, f"https://zenodo.org/records/{doi.split('.')[-1]}", **how)
+    monkeypatch.setattr(mmfer.download, "doi_to_repository", of_doi)
+    download(tmp_path / "raw", ["02"], progress=False)
+    both = sorted(kind + clip[2:] for clip in clip_names(archives[name]) for kind in ("01", "02"))
+    assert left(tmp_path / "raw" / "Actor_02") == both
     site.habit = "429"  # its answer is no JSON then
-    with pytest.raises(MmferError, match="the list of files at doi:10.5281/zenodo.1188976 can't be read"):
-        download(tmp_path / "raw", [3], progress=False)
+    with pytest.raises(MmferError, match="the list of files at doi:10.5281/zenodo.1188976 cannot be read"):
+        download(tmp_path / "raw", ["03"], progress=False)
 
 
 def clip_names(archive):
-    with zipfile.ZipFile(io.BytesIO(archive)) as z: return [n.split("/")[1] for n in z.namelist() if "/01-" in n]
+    with zipfile.ZipFile(io.BytesIO(archive)) as z: names = z.namelist()
+    return [n.split("/")[1] for n in names if "/01-" in n]
 
 
 def member(name, mode=None, **fields):
@@ -394,11 +429,12 @@ def patched(path, offset, old, new):
 
 
 def hostile(kind, path):
-    "One bad archive of each kind; the harmless clip comes first, where it could be written before the bad one is seen."
-    names = dict(up=f"../{CLIP}", deep_up=f"a/../../{CLIP}", absolute=f"/tmp/{CLIP}", drive=f"C:{CLIP}", backslash=f"..\\{CLIP}",
-                 dot=".", newline=f"a\n/{CLIP}", long=f"{CLIP[:-4]}{'x' * 250}.mp4",
+    "One bad archive of each kind; the harmless clip comes first: it could be written before the bad one."
+    names = dict(up=f"../{CLIP}", deep_up=f"a/../../{CLIP}", absolute=f"/tmp/{CLIP}", drive=f"C:{CLIP}",
+                 backslash=f"..\\{CLIP}", dot=".", newline=f"a\n/{CLIP}", long=f"{CLIP[:-4]}{'x' * 250}.mp4",
                  device_name="a/CON", dotted="x .", blank=" ", program="run.sh")
-    kinds = dict(link=stat.S_IFLNK, device=stat.S_IFCHR, disk=stat.S_IFBLK, pipe=stat.S_IFIFO, socket=stat.S_IFSOCK)
+    kinds = dict(link=stat.S_IFLNK, device=stat.S_IFCHR, disk=stat.S_IFBLK, pipe=stat.S_IFIFO,
+                 socket=stat.S_IFSOCK)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
         if kind != "lie": z.writestr(OTHER, b"harmless")
         if kind in names: z.writestr(member(names[kind]), b"x")
@@ -416,10 +452,11 @@ def hostile(kind, path):
     return path
 
 
-HOSTILE = {"up": "leads out", "deep_up": "leads out", "absolute": "leads out", "drive": "leads out", "backslash": "leads out", "dot": "leads out",
-           "newline": "no clip has", "long": "no clip has", "nul": "no clip has", "device_name": "no clip has", "dotted": "no clip has", "blank": "no clip has", "program": "no clip has", "link": "link or a device", "device": "link or a device",
-           "disk": "link or a device", "pipe": "link or a device", "socket": "link or a device", "bomb": "far more than clips allow", "flock": "at most 1000",
-           "twice": f"{CLIP!r} is there twice", "bzip2": "unusual way", "encrypted": "is encrypted", "lie": f"damaged at member {CLIP!r}"}
+HOSTILE = dict.fromkeys(("up", "deep_up", "absolute", "drive", "backslash", "dot"), "leads out")
+HOSTILE |= dict.fromkeys(("newline", "long", "nul", "device_name", "dotted", "blank", "program"), "no clip")
+HOSTILE |= dict.fromkeys(("link", "device", "disk", "pipe", "socket"), "link or a device")
+HOSTILE |= {"bomb": "far more than clips allow", "flock": "at most 1000", "twice": f"{CLIP!r} is there twice",
+            "bzip2": "unusual way", "encrypted": "is encrypted", "lie": f"member {CLIP!r}, cannot be read"}
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -434,11 +471,11 @@ def test_hostile_archives_are_refused_and_leave_nothing(kind, tmp_path):
 
 
 def test_a_hostile_archive_from_a_server_is_not_kept(site, tmp_path):
-    site.files[archive_name(1)] = hostile("up", tmp_path / "up.zip").read_bytes()
+    site.files[archive_name("01")] = hostile("up", tmp_path / "up.zip").read_bytes()
     how = dict(base_url=site.url, registry=registry(tmp_path, site.files))
     for to in (None, tmp_path / "set"):
-        with pytest.raises(MmferError, match=f"{archive_name(1)} is not safe to unpack"):
-            download(tmp_path / "raw", [1], to, **how, progress=False)
+        with pytest.raises(MmferError, match=f"{archive_name('01')} is not safe to unpack"):
+            download(tmp_path / "raw", ["01"], to, **how, progress=False)
         assert left(tmp_path / "raw") == ["LICENCE.txt"]
     assert not (tmp_path / CLIP).exists() and not (tmp_path / "set" / "downloaded.json").exists()
 
@@ -453,7 +490,8 @@ def test_both_names_of_a_member_are_looked_at():
 def test_unpack_does_not_touch_what_is_there(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "mine.txt").touch()
-    with pytest.raises(MmferError, match="clips is there already"): unpack(hostile("none", tmp_path / "a.zip"), tmp_path / "clips")
+    archive = hostile("none", tmp_path / "a.zip")
+    with pytest.raises(MmferError, match="clips is there already"): unpack(archive, tmp_path / "clips")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"): pass
     with pytest.raises(MmferError, match="holds no file"): unpack(tmp_path / "empty.zip", tmp_path / "new")
     assert left(tmp_path) == ["a.zip", "clips", "empty.zip"] and left(tmp_path / "clips") == ["mine.txt"]
@@ -462,13 +500,14 @@ def test_unpack_does_not_touch_what_is_there(tmp_path):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_archive_is_whole_or_refused(tmp_path, data):
-    "Any three bytes changed, or any end cut off: the contents are right, or one sentence says that they are not."
+    "Three bytes changed, or an end cut off: the contents are right, or a sentence says that they are not."
     good = {CLIP: b"first clip" * 30, f"Actor_01/{OTHER}": bytes(range(256))}
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
         for name, contents in good.items(): z.writestr(name, contents)
     raw = bytearray(path.read_bytes())
-    for i, b in data.draw(st.lists(st.tuples(st.integers(0, len(raw) - 1), st.integers(0, 255)), max_size=3)): raw[i] = b
+    change = st.tuples(st.integers(0, len(raw) - 1), st.integers(0, 255))
+    for i, b in data.draw(st.lists(change, max_size=3)): raw[i] = b
     path.write_bytes(raw[:data.draw(st.integers(0, len(raw)) | st.just(len(raw)))])
     try: out = unpack(path, tmp_path / "out")
     except MmferError: assert left(tmp_path) == ["a.zip"]

@@ -201,7 +201,7 @@ def test_a_missing_modality_is_left_out(model, missing):
     assert (e.sound is None) == (missing == "audio") and (e.patches is None) == (missing == "frames")
     assert gone not in o and "both" not in o and len(o) == 3
     assert gone not in ex.agreement(e, o)
-    assert ex.plot_explanation(e, clip).get_suptitle().startswith("made-up.mp4")
+    assert ex.plot_explanation(e, clip).get_suptitle().startswith("made-up: ")
     assert len(ex.plot_occlusion(o).axes) == 1
 
 

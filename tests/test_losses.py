@@ -132,6 +132,13 @@ def test_alignment_is_one_part_of_the_total():
     assert value(loss["total"]) == value(without["total"] + 0.5 * loss["alignment"])
 
 
+def test_alignment_compares_the_means_of_the_segments():
+    torch.manual_seed(0)
+    a, v = torch.randn(2, 2, 8, 3)
+    loss = MultimodalLoss(alignment=0.5)(answer(audio_features=a, visual_features=v), TRUTH)
+    assert_close(loss["alignment"], alignment_loss(a.mean(1), v.mean(1)))
+
+
 def test_alignment_needs_two_clips_with_both_modalities():
     one = answer(visual_present=torch.tensor([True, False]))
     assert "alignment" not in MultimodalLoss(alignment=0.5)(one, TRUTH)

@@ -1,4 +1,4 @@
-"""A prepared set: what it keeps, that nothing changes it, and every way in which a preparation can break off."""
+"""A prepared set: what it keeps, that nothing changes it, and every way in which preparing can break off."""
 import errno
 import hashlib
 import json
@@ -42,7 +42,8 @@ PROCESSOR = Processor(image_size=64, grid=8, crop_size=64, n_frames=4, faces="no
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     "Cartoons that do not say that they are: what is tested is the road of RAVDESS."
-    folder = make_toy(tmp_path_factory.mktemp("toy"), actors=2, clips_per_actor=8, seconds=1.5, workers=1, progress=False)
+    folder = make_toy(tmp_path_factory.mktemp("toy"), actors=2, clips_per_actor=8, seconds=1.5, workers=1,
+                      progress=False)
     (folder / "truth.json").unlink()
     return folder
 
@@ -100,7 +101,8 @@ def test_a_set_can_be_moved(copy, tmp_path):
 @pytest.mark.parametrize("image_size, grid", [(64, 8), (32, 4), (96, 3)])
 def test_items_are_those_of_the_films(toy, whole, image_size, grid):
     processor = Processor(**vars(PROCESSOR) | dict(image_size=image_size, grid=grid))
-    raw, prepared = ClipDataset(Corpus.from_folder(toy), processor), PreparedDataset(prepared_corpus(whole), processor)
+    raw = ClipDataset(Corpus.from_folder(toy), processor)
+    prepared = PreparedDataset(prepared_corpus(whole), processor)
     assert len(prepared) == 16 and prepared.labels == raw.labels
     for got, want in zip(prepared, raw):
         assert got.keys() == want.keys() and (got["clip"], got["label"]) == (want["clip"], want["label"])
@@ -119,7 +121,7 @@ def test_clips_keep_their_times(toy, whole):
 
 
 @few
-@given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=50).filter(lambda x: max(map(abs, x)) > 1e-4))
+@given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=50).filter(lambda x: np.abs(x).max() > 1e-4))
 def test_sound_is_off_by_half_a_step_of_its_peak(samples):
     audio = np.array(samples, np.float32)
     back = P._unpack_sound(P._pack_sound(audio))
@@ -147,7 +149,8 @@ def test_without_pictures_none_is_decoded_and_the_mask_stays(whole, monkeypatch)
     want = dataset(whole)[1]
     monkeypatch.setattr(P, "_unpack_pictures", lambda parts: pytest.fail("decoded"))
     got = dataset(whole).without_video()[1]
-    assert set(got) == {"label", "clip", "audio", "roi_mask"} and torch.equal(got["roi_mask"], want["roi_mask"])
+    assert set(got) == {"label", "clip", "audio", "roi_mask"}
+    assert torch.equal(got["roi_mask"], want["roi_mask"])
 
 
 def test_what_a_model_does_not_use_is_not_read(whole, monkeypatch):
@@ -164,7 +167,8 @@ def test_pictures_are_known_by_what_decides_them(whole):
 def test_loaders_with_processes_give_the_same(whole):
     here, there = (list(DataLoader(dataset(whole), 8, collate_fn=collate, num_workers=n)) for n in (0, 1))
     for a, b in zip(here, there, strict=True):
-        assert a["clip"] == b["clip"] and torch.equal(a["video"], b["video"]) and torch.equal(a["audio"], b["audio"])
+        assert a["clip"] == b["clip"]
+        assert torch.equal(a["video"], b["video"]) and torch.equal(a["audio"], b["audio"])
 
 
 @pytest.fixture
@@ -190,7 +194,8 @@ def fake_faces(monkeypatch, tmp_path):
     "A detector that sees what it is told in every frame."
     seen = dict(boxes=[[20, 10, 44, 50, 0.9]])
     for module in (P, processor): monkeypatch.setattr(module, "face_detector", lambda faces: "fake")
-    monkeypatch.setattr(faces, "detect_faces", lambda detector, frame: np.array(seen["boxes"], float).reshape(-1, 5))
+    boxes = lambda detector, frame: np.array(seen["boxes"], float).reshape(-1, 5)
+    monkeypatch.setattr(faces, "detect_faces", boxes)
     return seen
 
 
@@ -232,8 +237,8 @@ def test_several_faces_are_told_once(toy, tmp_path, fake_faces, caplog):
 
 
 def test_a_missing_detector_stops_before_the_work(toy, tmp_path):
-    gone = str(tmp_path / "gone.onnx")
-    with pytest.raises(MmferError, match="does not exist"): prepare(toy, tmp_path / "out", **HOW | dict(faces=gone))
+    how = HOW | dict(faces=str(tmp_path / "gone.onnx"))
+    with pytest.raises(MmferError, match="does not exist"): prepare(toy, tmp_path / "out", **how)
     assert not (tmp_path / "out").exists()
 
 
@@ -251,7 +256,7 @@ def spoil(corpus):
     write_clip(silent, clip.frames, 16, np.zeros(24000, np.float32))
     for path, option in ((deaf, "-an"), (blind, "-vn")): remux(path, option)
     empty.write_bytes(b"")
-    reasons = ("cut off", "not a media file", "silent sound", "no sound track", "no picture track", "not a media file")
+    reasons = ("cut off", "not a media", "silent sound", "no sound track", "no picture track", "not a media")
     return dict(zip((p.stem for p in spoiled), reasons))
 
 
@@ -318,25 +323,25 @@ def test_actor_by_actor_is_all_at_once(toy, whole, tmp_path):
 
 def test_bad_clips_of_earlier_actors_stay_listed(corpus, tmp_path):
     wrong = spoil(corpus)
-    assert [len(prepare(corpus / actor, tmp_path / "out", **HOW)) for actor in ("Actor_01", "Actor_02")] == [3, 3]
+    for actor in ("Actor_01", "Actor_02"): assert len(prepare(corpus / actor, tmp_path / "out", **HOW)) == 3
     assert sorted(pd.read_csv(tmp_path / "out" / "bad.csv")["clip"]) == sorted(wrong)
 
 
-def test_a_csv_file_adds_its_clips(toy, whole, corpus, tmp_path):
+def test_a_csv_file_adds_its_clips(corpus, tmp_path):
     "The columns stay, the speakers stay text, and a second file of the same emotions is added."
-    table = films(corpus).assign(mood="plain", speaker=["007"] * 8 + ["2e3"] * 8)[["path", "emotion", "speaker", "mood"]]
-    for name, rows in (("a", table[::2]), ("b", table[1::2])): rows.to_csv(tmp_path / f"{name}.csv", index=False)
-    emotions = set(table.emotion[::2])
-    assert emotions != set(table.emotion)  # every second clip: not all emotions
-    prepare(tmp_path / "a.csv", tmp_path / "out", **HOW)
-    with pytest.raises(MmferError, match="emotions .*, not .*: ask for the same"):
-        prepare(tmp_path / "b.csv", tmp_path / "out", **HOW)
-    table[table.emotion.isin(emotions)].to_csv(tmp_path / "b.csv", index=False)
-    prepare(tmp_path / "b.csv", tmp_path / "out", **HOW)
-    both = prepared_corpus(tmp_path / "out")
-    want = Corpus.from_csv(tmp_path / "b.csv")
-    pd.testing.assert_frame_equal(both.table.drop(columns="path"), want.table.drop(columns="path"))
-    assert both.speakers == ["007", "2e3"] and both.emotions == tuple(sorted(emotions)) and both.name == "csv"
+    table = films(corpus)[["path", "emotion"]].assign(mood="plain", speaker=["007", "2e3"] * 8)
+    two = table[table.emotion.isin(["happy", "sad"])].reset_index(drop=True)
+    parts = dict(some=two.drop_duplicates("emotion"), all=table, two=two)
+    for name, rows in parts.items(): rows.to_csv(tmp_path / f"{name}.csv", index=False)
+    out = tmp_path / "out"
+    prepare(tmp_path / "some.csv", out, **HOW)
+    with pytest.raises(MmferError, match="emotions .*, not .*"): prepare(tmp_path / "all.csv", out, **HOW)
+    assert len(prepared_corpus(out)) == 2
+    prepare(tmp_path / "two.csv", out, **HOW)
+    got, want = prepared_corpus(out), Corpus.from_csv(tmp_path / "two.csv")
+    assert len(got) == len(two) == 4
+    pd.testing.assert_frame_equal(got.table.drop(columns="path"), want.table.drop(columns="path"))
+    assert (got.speakers, got.emotions, got.name) == (["007", "2e3"], ("happy", "sad"), "csv")
 
 
 def test_clips_of_another_corpus_are_refused(toy, copy, tmp_path):
@@ -377,8 +382,9 @@ def test_a_toy_corpus_needs_no_detector(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(n_frames=0), dict(n_frames=-3), dict(n_frames="16"), dict(n_frames=None), dict(crop_size=0), dict(crop_size=64.0),
-    dict(crop_size=True), dict(workers=-1), dict(workers=1.5), dict(margin=-0.1), dict(modality="04")])
+    dict(n_frames=0), dict(n_frames=-3), dict(n_frames="16"), dict(n_frames=None), dict(crop_size=0),
+    dict(crop_size=64.0), dict(crop_size=True), dict(workers=-1), dict(workers=1.5), dict(margin=-0.1),
+    dict(modality="04")])
 @pytest.mark.parametrize("workers", [0, None])
 def test_impossible_settings_are_refused_before_anything_is_written(toy, tmp_path, wrong, workers):
     with pytest.raises(MmferError) as e: prepare(toy, tmp_path / "out", **HOW | dict(workers=workers) | wrong)
@@ -410,7 +416,7 @@ def test_a_changed_clip_of_the_same_length_is_done_anew(corpus, copy):
 LARGE = HOW | dict(n_frames=16, crop_size=512)  # slow enough to be met in the middle
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -420,8 +426,9 @@ def wait_for(condition, seconds=60):
 
 def children(pid):
     "Processes below `pid`, at any depth."
-    try: direct = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try: lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError: return []
+    direct = [int(c) for c in " ".join(lists).split()]
     return direct + [c for d in direct for c in children(d)]
 
 
@@ -443,7 +450,7 @@ def test_kill_9_loses_only_the_clips_in_work(toy, tmp_path):
     below = children(run.pid)
     assert len(below) >= 2
     run.kill(), run.join()
-    wait_for(lambda: not any(map(alive, below)), 20)  # workers don't outlive the parent
+    wait_for(lambda: not any(map(alive, below)), 60)  # workers don't outlive the parent
     done, half = clips_are(out), [p for p in (out / "clips").iterdir() if p.suffix != ".npz"]
     assert 3 <= len(done) < 16 and len(half) <= 2
     with pytest.raises(MmferError) as e: prepared_corpus(out)
@@ -457,8 +464,8 @@ def test_kill_9_loses_only_the_clips_in_work(toy, tmp_path):
 
 
 def workers_of_this_process():
-    def is_worker(pid): return b"loky" in Path(f"/proc/{pid}/cmdline").read_bytes() and alive(pid)
-    return [pid for pid in children(os.getpid()) if is_worker(pid) and b"popen" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    def is_worker(pid): return b"popen_loky" in Path(f"/proc/{pid}/cmdline").read_bytes() and alive(pid)
+    return [pid for pid in children(os.getpid()) if is_worker(pid)]
 
 
 @needs_proc
@@ -471,7 +478,7 @@ def test_a_worker_that_dies_is_told(toy, tmp_path):
     thread.start()
     wait_for(lambda: clips_are(out))
     os.kill(workers_of_this_process()[0], signal.SIGKILL)
-    thread.join(30)
+    thread.join(120)
     assert not thread.is_alive() and len(failed) == 1
     one_sentence(failed[0], "a worker died while it prepared", ".mp4", "what is finished is kept")
     assert 1 <= str(failed[0]).count(".mp4") <= 2
@@ -496,13 +503,13 @@ def test_ctrl_c_ends_the_workers_too(toy, tmp_path, ctrl_c):
     thread.start()
     with pytest.raises(KeyboardInterrupt): prepare(toy, out, **LARGE | dict(workers=2))
     thread.join()
-    wait_for(lambda: not workers_of_this_process(), 20)
+    wait_for(lambda: not workers_of_this_process(), 60)
     assert len(clips_are(out)) < 16 and prepare(toy, out, **LARGE).empty
 
 
 # ---- disk and folders ----
 def test_a_full_disk_is_one_sentence(toy, whole, tmp_path):
-    "A limit on the size of a file is the full disk that needs no rights: the write itself fails, in the middle."
+    "A limit on the size of a file is a full disk that needs no rights: the write fails in the middle."
     out, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = sorted(p.stat().st_size for p in whole.glob("clips/*.npz"))[8]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -515,14 +522,17 @@ def test_a_full_disk_is_one_sentence(toy, whole, tmp_path):
     assert digests(out) == digests(whole)
 
 
-@pytest.mark.parametrize("fault", [OSError(code, os.strerror(code)) for code in (errno.EMFILE, errno.EIO, errno.ENOMEM, errno.ENOSPC)] + ["memory", "inside"])
+CODES = (errno.EMFILE, errno.EIO, errno.ENOMEM, errno.ENOSPC)
+
+
+@pytest.mark.parametrize("fault", [OSError(code, os.strerror(code)) for code in CODES] + ["memory", "inside"])
 def test_a_failing_machine_is_no_clips_fault(toy, whole, tmp_path, monkeypatch, fault):
     def fails():
         if fault == "memory":
             error = cv2.error("Insufficient memory")
             error.code = cv2.Error.STS_NO_MEM
             raise error
-        if fault == "inside": raise MmferError("x cannot be read") from OSError(errno.EMFILE, "Too many open files")
+        if fault == "inside": raise MmferError("x") from OSError(errno.EMFILE, "Too many open files")
         raise fault
     out = tmp_path / "out"
     with monkeypatch.context() as m, pytest.raises(MmferError) as e:
@@ -591,9 +601,8 @@ def test_a_flipped_bit_never_passes(whole, tmp_path_factory, where, bit):
     path.write_bytes(raw)
     try: got = P._unpack_clip(path)
     except MmferError as e: return one_sentence(e, path)
-    hit = [kind for kind in ("audio", "frames") if getattr(got, kind) is None]  # the name of an array: it is missed
-    if hit: return one_sentence(" ".join((got.audio_problem, got.video_problem)), "prepared without")
-    assert np.array_equal(got.audio, want.audio) and np.array_equal(got.frames, want.frames)  # a date or the like
+    assert np.array_equal(got.audio, want.audio)  # it hit a date or the like
+    assert np.array_equal(got.frames, want.frames)
 
 
 def test_a_foreign_file_is_no_clip(copy):
@@ -622,7 +631,8 @@ def test_a_lost_clip_is_told(copy):
     one_sentence(e, copy, "has lost the clip", path.stem)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"colour": 3}', '{"corpus": "x", "emotions": ["a"], "format": 1}'])
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", '{"colour": 3}', '{"corpus": "x", "emotions": ["a"], "format": 1}'])
 def test_damaged_or_foreign_settings_are_refused(toy, copy, text):
     (copy / "prepared.json").write_text(text)
     for call in (lambda: prepared_corpus(copy), lambda: prepare(toy, copy, **HOW)):
@@ -668,8 +678,9 @@ def test_labels_are_in_the_order_of_the_model(whole, tmp_path):
 
 @pytest.mark.parametrize("form", ["set", "folder"])
 def test_an_emotion_that_the_model_lacks_is_refused_before_the_work(toy, whole, tmp_path, form):
-    with pytest.raises(MmferError) as e:
-        open_clips(whole if form == "set" else toy, tiny(("happy", "neutral")), tmp_path / "work", faces="none")
+    data = whole if form == "set" else toy
+    two = tiny(("happy", "neutral"))
+    with pytest.raises(MmferError) as e: open_clips(data, two, tmp_path / "work", faces="none")
     one_sentence(e, "has the emotion", "which is not one of happy, neutral")
     assert not (tmp_path / "work").exists()
 
@@ -682,7 +693,8 @@ def test_corpus_of_anything(toy, whole, sound, tmp_path):
 
 def test_an_audio_model_opens_a_folder_of_sound(sound, tmp_path):
     clips = open_clips(sound, tiny(system="audio_only"), tmp_path / "work", progress=False)
-    assert set(clips[0]) == {"label", "clip", "audio"} and P.prepared_config(tmp_path / "work").modality == "03"
+    assert set(clips[0]) == {"label", "clip", "audio"}
+    assert P.prepared_config(tmp_path / "work").modality == "03"
     for data in (sound, tmp_path / "work"):
         with pytest.raises(MmferError) as e: open_clips(data, tiny(), tmp_path / "other")
         one_sentence(e, data, "holds sound only", "audio and video")
@@ -698,7 +710,8 @@ def test_an_audio_model_opens_a_csv_of_sound(toy, tmp_path):
         rows.append(dict(path=f"wav/{i}.wav", emotion=row.emotion, speaker=row.speaker))
     pd.DataFrame(rows).to_csv(tmp_path / "mine.csv", index=False)
     corpus = corpus_of(tmp_path / "mine.csv")
-    clips = open_clips(tmp_path / "mine.csv", tiny(corpus.emotions, "audio_only"), tmp_path / "work", progress=False)
+    model_config = tiny(corpus.emotions, "audio_only")
+    clips = open_clips(tmp_path / "mine.csv", model_config, tmp_path / "work", progress=False)
     assert len(clips) == 16 and set(clips[0]) == {"label", "clip", "audio"}
 
 
@@ -706,7 +719,7 @@ def test_open_clips_prepares_as_the_saved_processor_says(toy, tmp_path):
     saved = Processor(**vars(PROCESSOR) | dict(n_frames=3, margin=0.3))
     clips = open_clips(toy, tiny(), tmp_path / "work", processor=saved, progress=False)
     assert clips.processor == saved and len(clips[0]["video"]) == 3
-    with pytest.raises(MmferError, match="the model takes 64"):
+    with pytest.raises(MmferError, match="the model takes pictures of 64"):
         open_clips(toy, tiny(), tmp_path / "other", processor=Processor(32, 8, faces="none"))
 
 
@@ -716,7 +729,7 @@ def test_open_clips_goes_on_with_a_half_done_folder(toy, tmp_path, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         at_clip(m, 5, stop)
         prepare(toy, tmp_path / "work", **how)
-    with pytest.raises(MmferError, match="half done"): open_clips(tmp_path / "work", tiny(), tmp_path / "unused")
+    with pytest.raises(MmferError, match="half done"): open_clips(tmp_path / "work", tiny(), tmp_path)
     count = iter(range(99))
     monkeypatch.setattr(P, "_save_parts", lambda *args, save=P._save_parts: (next(count), save(*args)))
     clips = open_clips(toy, tiny(), tmp_path / "work", faces="none", workers=0, progress=False)
@@ -774,7 +787,8 @@ def best_of(n, f):
 def test_real_clips_are_small_and_twenty_times_faster(shared_data, yunet, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
-    for p in sorted((shared_data / "ravdess_original" / "Actor_05").glob("*.mp4"))[:2]: (source / p.name).symlink_to(p)
+    originals = sorted((shared_data / "ravdess_original" / "Actor_05").glob("01-*.mp4"))[:2]
+    for p in originals: (source / p.name).symlink_to(p)
     raw = best_of(1, lambda: prepare(source, out, faces=yunet, workers=0, progress=False)) / 2
     same = Processor(image_size=224, grid=14, faces=yunet)
     clips = PreparedDataset(prepared_corpus(out), same)
@@ -784,7 +798,8 @@ def test_real_clips_are_small_and_twenty_times_faster(shared_data, yunet, tmp_pa
     got, want = clips[0], ClipDataset(Corpus.from_folder(source), same)[0]
     assert torch.equal(got["roi_mask"], want["roi_mask"]) and want["roi_mask"].any(1).all()
     assert (got["video"].int() - want["video"].int()).abs().float().mean() < 1
-    torch.testing.assert_close(got["audio"], want["audio"], rtol=0, atol=float(0.51 / 32767 * want["audio"].abs().max()))
+    step = float(want["audio"].abs().max()) / 32767
+    torch.testing.assert_close(got["audio"], want["audio"], rtol=0, atol=0.51 * step)
 
 
 def test_a_real_film_without_a_face_is_bad(shared_data, yunet, tmp_path):

@@ -221,7 +221,7 @@ def test_other_errors_pass(model):
     for error in (KeyError("x"), MmferError("one sentence")):
         with pytest.raises(type(error)) as e, user_errors(TrainConfig(), model): raise error
         assert e.value is error
-    told = MmferError("Caught MmferError in DataLoader worker process 0.\nTraceback\nMmferError: clip is gone")
+    told = MmferError("Caught MmferError in DataLoader worker process 0.\nStack\nMmferError: clip is gone")
     with pytest.raises(MmferError, match="^clip is gone$"), user_errors(TrainConfig(), model): raise told
 
 

@@ -120,6 +120,14 @@ def test_workers_change_nothing(tmp_path):
     assert without_times(histories[0]) == without_times(histories[1])
 
 
+@pytest.mark.parametrize("changes", [
+    dict(augment=True), dict(mixup=0.4), dict(label_smoothing=0.0), dict(max_grad_norm=0.1)])
+def test_what_changes_the_training_changes_its_loss(changes, tmp_path):
+    plain = run(tmp_path / "plain").progress.history
+    changed = run(tmp_path / "changed", **changes).progress.history
+    assert changed[1]["train_loss"] != plain[1]["train_loss"]
+
+
 # batches
 
 @given(clips=st.integers(1, 40), batch_size=st.integers(1, 9), processes=st.integers(1, 4),
@@ -224,6 +232,11 @@ def test_restarts_fall_twice_as_long_each_time(warmup, per_epoch):
         wanted = [1e-6 + 0.99e-4 * 0.5 * (1 + math.cos(math.pi * s / length)) for s in range(length)]
         assert rates[start:start + length] == pytest.approx(wanted, rel=1e-5)
     assert rates[30 * per_epoch] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "restarts", "plateau"])
+def test_a_rate_of_0_stays_0(schedule):
+    assert rates_of(TrainConfig(schedule=schedule, warmup_epochs=2.0), 1, 20, rate=0.0) == [0.0] * 20
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "restarts", "plateau"])
@@ -408,17 +421,16 @@ class Judged(Trainer):
 
 
 @pytest.mark.parametrize("figures, best", [
-    ([(0.5, 1.0), (0.2, 0.5), (0.3, 0.1)], [True, False, False]),   # not the last one, not the lowest loss
-    ([(0.2, 1.0), (0.5, 1.1), (0.4, 0.9)], [True, True, False]),
-    ([(0.5, 1.0), (0.5, 0.8), (0.5, 0.9)], [True, True, False]),    # among equals the lower loss
-    ([(0.5, 1.0), (0.5, 1.0), (0.5, 1.0)], [True, False, False]),   # among those the first
-    ([(0.0, 2.0), (0.0, 2.5), (0.1, 3.0)], [True, False, True])])
+    ([(0.5, 1.0), (0.2, 0.5), (0.3, 0.1)], 0),  # not the last one, not the lowest loss
+    ([(0.2, 1.0), (0.5, 1.1), (0.4, 0.9)], 1),
+    ([(0.5, 1.0), (0.5, 0.8), (0.5, 0.9)], 1),  # among equals the lower loss
+    ([(0.5, 1.0), (0.5, 1.0), (0.5, 1.0)], 0),  # among those the first
+    ([(0.0, 2.0), (0.0, 2.5), (0.1, 3.0)], 2)])
 def test_best_is_the_best_epoch(figures, best, tmp_path):
     kind = type("Told", (Judged,), dict(figures=figures))
     trainer = run(tmp_path, Clips(2), kind, epochs=3)
-    assert [row["best"] for row in trainer.progress.history] == best
-    chosen = max(epoch for epoch, is_best in enumerate(best) if is_best)
-    for name, epoch in (("best", chosen), ("last", 2)):
+    assert [row["epoch"] for row in trainer.progress.history if row["best"]] == [best]
+    for name, epoch in (("best", best), ("last", 2)):
         assert same(MultimodalFER.from_pretrained(tmp_path / name).state_dict(), trainer.weights[epoch])
     assert json.loads((tmp_path / "training_history.json").read_text()) == trainer.progress.history
 
@@ -534,10 +546,11 @@ def test_what_is_not_here_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("epochs", 0), ("batch_size", 0), ("accumulation", -1), ("lr_branches", -1e-5), ("lr_classifier", math.inf),
-    ("weight_decay", -0.1), ("warmup_epochs", math.nan), ("max_grad_norm", -1.0), ("save_batches", -1),
-    ("patience", -1), ("label_smoothing", 1.5), ("curriculum", 2.0), ("schedule", "spiral"),
-    ("precision", "fp8"), ("freeze", ["nose"]), ("trackers", ["paper"]), ("epochs", "many"), ("workers", 0.5)])
+    ("epochs", 0), ("batch_size", 0), ("accumulation", -1), ("lr_branches", -1e-5),
+    ("lr_classifier", math.inf), ("weight_decay", -0.1), ("warmup_epochs", math.nan), ("max_grad_norm", -1.0),
+    ("save_batches", -1), ("patience", -1), ("label_smoothing", 1.5), ("curriculum", 2.0),
+    ("schedule", "spiral"), ("precision", "fp8"), ("freeze", ["nose"]), ("trackers", ["paper"]),
+    ("epochs", "x"), ("workers", 0.5)])
 def test_a_setting_that_cannot_be_is_refused(name, value):
     with pytest.raises(MmferError, match=f"^TrainConfig: {name}(.0)? cannot be ") as e:
         replace(RECIPE, **{name: value})
