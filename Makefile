@@ -12,7 +12,7 @@ CORPUS := $(if $(DATA),$(abspath $(DATA)),$(CURDIR)/data/toy)
 NAME ?= $(patsubst %.csv,%,$(notdir $(CORPUS)))-$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 RUN := $(CURDIR)/runs/$(NAME)
 
-.PHONY: help train test lab docs readme clean
+.PHONY: help train test lab docs readme images clean
 
 help:
 	@echo "make train              train on a toy corpus that is made first; results in runs/toy-tiny"
@@ -28,10 +28,11 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	touch $@
 
+# PASSIVE: threads that wait let others work; beside a busy neighbour a training step is ten times as fast
 train: $(READY)
 	$(if $(DATA),,$(BIN)/mmfer toy $(CORPUS) --actors $(ACTORS) --seed 0)
 	mkdir -p $(RUN)
-	cd nbs && TQDM_MININTERVAL=5 ../$(BIN)/papermill 18_capstone.ipynb $(RUN)/capstone.ipynb \
+	cd nbs && OMP_WAIT_POLICY=PASSIVE TQDM_MININTERVAL=5 ../$(BIN)/papermill 18_capstone.ipynb $(RUN)/capstone.ipynb \
 	  --log-output --log-level WARNING --no-progress-bar \
 	  -p data $(CORPUS) -p out $(RUN) -p preset $(PRESET) -p seed $(SEED)
 	@$(BIN)/mmfer info $(RUN)
@@ -44,6 +45,11 @@ lab: $(READY)
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py --write
+
+# the pictures of README: the map of the chapters, and what `make train` last drew
+images: $(READY)
+	$(BIN)/python -c "from mmfer.evaluate import save_figure; from mmfer.lesson import draw_map; save_figure(draw_map(), 'nbs/images/system.png')"
+	cp runs/toy-tiny/attention.png nbs/images/attention.png
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

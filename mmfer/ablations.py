@@ -18,6 +18,7 @@ import signal
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 # %% ../nbs/24_ablations.ipynb #8afc87bf
@@ -161,6 +162,7 @@ def _one_by_one(function, jobs, progress):
 def _in_workers(function, jobs, workers, progress):
     run = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1, inner_max_num_threads=1,
                           idle_worker_timeout=60, initializer=_start_quietly, initargs=(os.getpid(),))
+    resource_tracker.ensure_running()  # starting it later would let Ctrl-C through again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it; Ctrl-C waits a moment
     try: results = run(joblib.delayed(function)(*job) for job in jobs)
     finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

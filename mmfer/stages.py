@@ -175,7 +175,7 @@ def difficulty(
     losses = pd.Series(losses, name="difficulty")
     bad = losses.index[~np.isfinite(losses)]
     named = ", ".join(bad[:3])
-    require(bad.empty, f"the loss of {named} is not a number: look at these clips, or at the model's training")
+    require(bad.empty, f"the loss of {named} is not a number: look at these clips, or at the training")
     return losses.sort_values(kind="stable")
 
 # %% ../nbs/22_stages.ipynb #a580923d

@@ -142,7 +142,7 @@ def test_lfm2_full_runs_with_weights(toy, tmp_path):
 def test_clip_model_puts_trained_layers_into_a_preset(tmp_path):
     weights = save_lfm2(tmp_path / "lfm2", d_model=64, ffn=176)
     with pytest.warns(UserWarning): model = clip_model("tiny", ("a", "b", "c"), "lfm2_full", weights)
-    assert model.fusion.weights_from == str(weights) and model.config.fusion.causal
+    assert model.fusion.weights_from.startswith(str(weights)) and model.config.fusion.causal
     assert not any(p.requires_grad for p in model.fusion.backbone.parameters())
     assert len(model.fusion.backbone.layers) == 6
 

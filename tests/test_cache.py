@@ -34,7 +34,7 @@ def model():
     config = preset_config("tiny", RAVDESS_EMOTIONS)
     config.visual = CONFIG
     model = MultimodalFER(config).eval()
-    for p in model.parameters(): p.data += 0.02 * torch.randn_like(p)  # away from a fresh model's zeros and ones
+    for p in model.parameters(): p.data += 0.02 * torch.randn_like(p)  # away from zeros and ones
     return model
 
 

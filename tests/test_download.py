@@ -23,7 +23,7 @@ import mmfer.download
 from mmfer.core import MmferError
 from mmfer.corpus import RAVDESS_SPEAKERS, Corpus
 from mmfer.download import (
-    LICENCE, TRIES, archive_name, download, fetch, open_source, parse_actors, resume_download, unpack)
+    LICENCE, _TRIES, archive_name, download, fetch, open_source, parse_actors, resume_download, unpack)
 from mmfer.prepare import prepared_corpus
 from mmfer.toy import make_toy
 
@@ -62,7 +62,7 @@ class Site(BaseHTTPRequestHandler):
 @pytest.fixture
 def site(monkeypatch):
     "A server on this machine; no pauses between requests."
-    monkeypatch.setattr(mmfer.download, "PAUSE", 0)
+    monkeypatch.setattr(mmfer.download, "_PAUSE", 0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     server.files, server.plan, server.habit, server.log = {}, [], "well", []
     server.url = f"http://127.0.0.1:{server.server_port}/"
@@ -173,8 +173,8 @@ def test_a_part_of_another_file_is_found_out_and_forgotten(site, tmp_path, mirro
 
 
 @pytest.mark.parametrize("habit, n, sentence", [
-    ("404", 1, "answers 404"), ("500", TRIES, "answers 500"), ("429", TRIES, "answers 429"),
-    ("hang up", TRIES, r"can't be fetched \(ConnectionError\)"),
+    ("404", 1, "answers 404"), ("500", _TRIES, "answers 500"), ("429", _TRIES, "answers 429"),
+    ("hang up", _TRIES, r"can't be fetched \(ConnectionError\)"),
 ])
 def test_a_server_that_never_gives_in_ends_with_one_sentence(site, tmp_path, habit, n, sentence):
     site.files["x.zip"], site.habit = DATA, habit
@@ -187,7 +187,7 @@ def test_a_server_that_breaks_off_and_ignores_range_ends_with_one_sentence(site,
     site.files["x.zip"], site.habit = DATA, "half, no range"
     with pytest.raises(MmferError, match="can't be fetched .* it goes on at byte 49152"):
         resume_download(site.url + "x.zip", tmp_path / "x.part", progress=False)
-    assert len(site.log) == 1 + TRIES
+    assert len(site.log) == 1 + _TRIES
 
 
 def test_nobody_answers(tmp_path, site):
