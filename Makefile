@@ -28,7 +28,7 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	touch $@
 
-# PASSIVE: threads that wait let others work; beside a busy neighbour a training step is ten times as fast
+# PASSIVE: threads that wait let others work; beside busy neighbours a training step is four times as fast or more
 train: $(READY)
 	$(if $(DATA),,$(BIN)/mmfer toy $(CORPUS) --actors $(ACTORS) --seed 0)
 	mkdir -p $(RUN)

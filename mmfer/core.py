@@ -29,7 +29,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 # %% ../nbs/00_core.ipynb #bcf554f1
-N_SEGMENTS = 8  # a clip is told in eight segments, in sound and in pictures alike
+N_SEGMENTS = 8  # segments of time per clip, in sound and in pictures alike
 PALETTE = ("#999999", "#56B4E9", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#009E73", "#E69F00")
 
 
@@ -135,10 +135,16 @@ class BranchOutput(ModelOutput):
 # %% ../nbs/00_core.ipynb #3cd4168e
 def _sentence(cls, error):
     "What pydantic found wrong with a config, in one sentence."
-    told = [f"{'.'.join(map(str, e['loc']))} cannot be {e['input']!r} "
-            f"({e['msg'][0].lower()}{e['msg'][1:]})" for e in error.errors()]
-    fields = ", ".join(f.name for f in dataclasses.fields(cls))
-    return f"{cls.__name__}: {'; '.join(told)}: choose from its fields {fields}"
+    told = []
+    for e in error.errors():
+        place = ".".join(map(str, e["loc"]))
+        why = e["msg"][0].lower() + e["msg"][1:]
+        own = e["type"] == "value_error"  # raised by a config's own check: a sentence already
+        words = str(e["ctx"]["error"]) if own else f"{cls.__name__}: {place} cannot be {e['input']!r} ({why})"
+        unknown = e["type"] == "unexpected_keyword_argument" and len(e["loc"]) == 1
+        if unknown: words += f": its fields are {', '.join(f.name for f in dataclasses.fields(cls))}"
+        told.append(words)
+    return "; ".join(told)
 
 
 def config(cls):

@@ -130,7 +130,8 @@ class Corpus:
     def __len__(self): return len(self.table)
 
     def __repr__(self):
-        return f"{self.name}: {len(self)} clips, {len(self.speakers)} speakers, {len(self.emotions)} emotions"
+        counts = dict(clip=len(self), speaker=len(self.speakers), emotion=len(self.emotions))
+        return f"{self.name}: " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items())
 
     @property
     def speakers(self) -> list:
@@ -296,12 +297,12 @@ def folds(
 ) -> list[Split]:            # one split per fold
     "Splits by speaker, see `make_splits`; \"single\" is the corpus's own where it has a column `split`."
     if scheme == "single" and "split" in self.table: return [_own_split(self.table)]
+    known = self.table.groupby("speaker").gender.first().to_dict() if "gender" in self.table else {}
+    splits = make_splits(self.speakers, scheme, seed, n_val, known)
     if self.name == "RAVDESS" and self.speakers != RAVDESS_SPEAKERS:
         logging.getLogger("mmfer").warning(f"{len(self.speakers)} actors, not RAVDESS's 24: {scheme!r} is "
-                                           "adapted to them, "
-                                           "don't compare with published figures")
-    known = self.table.groupby("speaker").gender.first().to_dict() if "gender" in self.table else {}
-    return make_splits(self.speakers, scheme, seed, n_val, known)
+                                           "adapted to them, don't compare with published figures")
+    return splits
 
 # %% ../nbs/03_corpus.ipynb #3b3b21bd
 def _own_split(table):

@@ -125,19 +125,25 @@ def speaker_matrices(
     return out
 
 # %% ../nbs/16_evaluate.ipynb #99f583c1
-def matrix_war(matrix):
+def matrix_war(
+    matrix,   # counts, truth in rows, `[..., K, K]`
+):             # `[...]`
     "WAR of confusion matrices, `[..., K, K] -> [...]`: the share of clips on the diagonal."
     return np.trace(matrix, axis1=-2, axis2=-1) / matrix.sum((-2, -1))
 
 # %% ../nbs/16_evaluate.ipynb #32399fd6
-def matrix_uar(matrix):
+def matrix_uar(
+    matrix,   # counts, truth in rows, `[..., K, K]`
+):             # `[...]`
     "UAR of confusion matrices, `[..., K, K] -> [...]`: mean recall of the classes that occur."
     n = matrix.sum(-1)
     recall = np.diagonal(matrix, axis1=-2, axis2=-1) / np.maximum(n, 1)
     return recall.sum(-1) / (n > 0).sum(-1)
 
 # %% ../nbs/16_evaluate.ipynb #6fbc6495
-def matrix_f1(matrix):
+def matrix_f1(
+    matrix,   # counts, truth in rows, `[..., K, K]`
+):             # `[...]`
     "Macro-F1 of confusion matrices, truth in rows, `[..., K, K] -> [...]`: mean over the classes that occur."
     n = matrix.sum(-1)
     hits = np.diagonal(matrix, axis1=-2, axis2=-1)

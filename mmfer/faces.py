@@ -91,7 +91,7 @@ def _follow(faces):
         last = largest
         for t in order:
             near = box_iou(torch.from_numpy(last[None]), torch.from_numpy(faces[t][:, :4]))[0].numpy()
-            if near.max(initial=0) <= 0.1: continue
+            if near.max(initial=0) <= 0.1: continue  # another face, or none
             last = faces[t][near.argmax(), :4]
             boxes[t] = last
     return boxes
@@ -151,7 +151,7 @@ def track_face(
     "Find and follow one face. Raises `MmferError` when no frame shows one."
     faces = [detect_faces(detector, f) for f in frames]
     require(any(map(len, faces)), f"{name}: no face was found in any of {len(frames)} frames; "
-                                  'pass faces="none" (--faces none) to keep the whole frame')
+                                  'pass faces="none" (--faces none) to keep the middle square')
     boxes = _follow(faces)
     seen = ~np.isnan(boxes[:, 0])
     boxes = smooth_boxes(boxes)

@@ -137,7 +137,7 @@ def methods(node):
 def unexplained_in_class(node, comments):
     if ast.get_docstring(node) is None: yield "has no docstring"
     for field in node.body:
-        if isinstance(field, ast.AnnAssign) and field.lineno not in comments:
+        if isinstance(field, ast.AnnAssign) and not {field.lineno, field.lineno - 1} & set(comments):
             yield f"{ast.unparse(field.target)} has no comment"
     for method in methods(node):
         yield from (f"{method.name}: {missing}" for missing in unexplained(method, comments))
