@@ -17,7 +17,7 @@ _NAMES = {  # module -> its names that are offered here
     "runs": "load_run",
     "trainer": "Trainer TrainConfig",
     "evaluate": "score",
-    "prepare": "open_clips",
+    "prepare": "corpus_of open_clips",
     "ablations": "compare",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

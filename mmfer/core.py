@@ -135,14 +135,16 @@ class BranchOutput(ModelOutput):
 # %% ../nbs/00_core.ipynb #3cd4168e
 def _sentence(cls, error):
     "What pydantic found wrong with a config, in one sentence."
+    fields = [f.name for f in dataclasses.fields(cls)]
     told = []
     for e in error.errors():
-        place = ".".join(map(str, e["loc"]))
+        first, *rest = e["loc"] or ("",)
+        place = ".".join(map(str, [fields[first] if isinstance(first, int) else first, *rest]))
         why = e["msg"][0].lower() + e["msg"][1:]
         own = e["type"] == "value_error"  # raised by a config's own check: a sentence already
         words = str(e["ctx"]["error"]) if own else f"{cls.__name__}: {place} cannot be {e['input']!r} ({why})"
         unknown = e["type"] == "unexpected_keyword_argument" and len(e["loc"]) == 1
-        if unknown: words += f": its fields are {', '.join(f.name for f in dataclasses.fields(cls))}"
+        if unknown: words += f": its fields are {', '.join(fields)}"
         told.append(words)
     return "; ".join(told)
 

@@ -28,7 +28,7 @@ _BOXES = {  # name: (column, row, text, chapters)
     "conformer":  (3, 3, "FastConformer\n[F/8, 512]", "audio"),
     "siglip":     (2, 1, "SigLIP2\n[T,196,768]", "visual"),
     "roi":        (3, 1, "ROI tokens\n[T,68,768]", "visual"),
-    "temporal":   (4, 1, "over time\n[T, 768]", "visual"),
+    "temporal":   (4, 1, "temporal\nencoder\n[T, 768]", "visual"),
     "segments":   (5, 2, "8 segments\neach", "audio visual"),
     "fusion":     (6, 2, "interleave,\nLFM2\n[16,1536]", "fusion"),
     "classifier": (7, 2, "pool + MLP\n[512]", "classifier"),
@@ -72,7 +72,9 @@ def draw_map(
         style = dict(arrowstyle="-|>", color="#444444", patchA=outlines[start], patchB=outlines[end])
         ax.annotate("", _BOXES[end][:2], _BOXES[start][:2], arrowprops=style)
     ax.axhline(0.07, color="#AAAAAA", lw=0.8, ls=":")
-    ax.text(8.45, 3.5, "the numbers are those of the chapters", fontsize=7.5, color="#444444", ha="right")
+    note = dict(fontsize=7.5, color="#444444", ha="right")
+    ax.text(8.45, 3.5, "the numbers are those of the chapters", **note)
+    ax.text(8.45, 3.2, "sizes of the preset full; F: mel columns, T: pictures", **note)
     if here: ax.text(-0.45, 3.5, "You are here: the boxes with a thick frame", fontsize=9, weight="bold")
     ax.set(xlim=(-0.5, 8.5), ylim=(-1.2, 3.7))
     ax.axis("off")

@@ -258,10 +258,10 @@ def _differing_clips(then, now):
 
 def require_same_run(
     then: dict,    # `run_facts` of the checkpoint
-    now: dict,     # `run_facts` of what shall go on
+    now: dict,     # `run_facts` of what is to go on
     folder: Path,  # where the checkpoint lies, for the message
 ):
-    "Raise `MmferError` with the first difference between a run and what shall resume it."
+    "Raise `MmferError` with the first difference between a run and what is to resume it."
     differs = _differing_settings(then["config"], now["config"])
     if not differs: differs = _differing_settings(then["model"], now["model"])
     if not differs: differs = _differing_clips(then["clips"], now["clips"])
@@ -295,5 +295,6 @@ def user_errors(
         advice = f"try {smaller_setting(config, model)}, in another folder"
         raise MmferError(f"the memory of the device is full: {advice}") from e
     except MmferError as e:
+        # a process of the DataLoader hands over its whole traceback in the message: keep its last line
         if not str(e).startswith("Caught MmferError"): raise
         raise MmferError(str(e).strip().splitlines()[-1].split(": ", 1)[1]) from e

@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader, Sampler, Subset
 from tqdm import tqdm
 
-from .augment import AugmentedClips, mix_batch
+from .augment import AugmentedClips, clip_seed, mix_batch
 from .cache import use_cache
 from .core import Amount, Count, NotNegative, Share, choose, config, require, seed_everything, to_dict
 from .losses import MultimodalLoss, class_weights
@@ -63,7 +63,7 @@ class TrainConfig:
     visual_loss: Amount = 0.3         # weight of the visual branch's own loss
     alignment_loss: Amount = 0.0      # weight of the contrastive alignment
     precision: Literal["no", "bf16", "fp16"] = "no"  # number format of most of the arithmetic
-    seed: int = 0                     # of order, dropout and augmentation
+    seed: NotNegative = 0             # of order, dropout and augmentation
     schedule: Literal["cosine", "restarts", "plateau"] = "cosine"  # after the warmup
     patience: NotNegative = 0         # stop after so many epochs without a gain; 0: never
     min_delta: Amount = 0.001         # rise of the validation UAR that counts as a gain
@@ -102,7 +102,7 @@ def with_min_updates(
 # %% ../nbs/14_trainer.ipynb #14a00014
 @dataclass
 class Progress:
-    "Everything of a training that changes, its weights aside."
+    "How far a training has come: batches done, losses, history."
     step: int = 0           # weight updates done
     batch: int = 0          # batches done of the running epoch
     lr: float = 0.0         # rate of the first group at its start
@@ -177,7 +177,7 @@ class ClipOrder(Sampler):
 
     def __iter__(self):
         clips = self.clips_in(self.epoch)
-        generator = torch.Generator().manual_seed(self.config.seed + self.epoch)
+        generator = torch.Generator().manual_seed(clip_seed(self.config.seed, self.epoch))
         order = torch.randperm(clips, generator=generator).tolist()
         full = math.ceil(clips / self.processes) * self.processes  # all have as much to do
         mine = list(islice(cycle(order), full))[self.process::self.processes]
@@ -211,7 +211,7 @@ class Batches:
         "Yield what is left of the epoch."
         self.order.epoch = progress.epoch
         self.order.start = progress.batch
-        self.loader.generator.manual_seed(self.order.config.seed + progress.epoch)
+        self.loader.generator.manual_seed(clip_seed(self.order.config.seed, progress.epoch))
         start = time.perf_counter()
         for batch in self.loader:
             progress.waited += time.perf_counter() - start
@@ -265,7 +265,7 @@ def parameter_groups(
     model,                # has the parts `audio`, `visual`, `fusion`, `classifier`; each may be None
     config: TrainConfig,  # holds the three rates
     loss=None,            # its weights get the fusion's rate
-) -> list:                # groups for an optimiser, named
+) -> list:                # groups for an optimizer, named
     "Groups for branches, fusion and classifier. Raises `MmferError` when nothing can learn."
     branches = (model.audio, model.visual)
     parts = dict(branches=branches, fusion=(model.fusion, loss), classifier=(model.classifier,))
@@ -318,6 +318,7 @@ class Updater:
         complete: bool,      # whether it completes a group of batches
     ):
         "Add a batch's gradients; update the weights. Raises `MmferError` for a gradient that is no number."
+        # an epoch's smaller last group is divided by as much: its gradient is shorter
         self.accelerator.backward(loss / self.config.accumulation)
         if not complete: return
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -551,7 +552,8 @@ class Trainer:
         groups = parameter_groups(model, config, objective.loss)
         updates = [self.batches.updates_in(epoch) for epoch in range(config.epochs)]
         self.objective = accelerator.prepare(objective)
-        self.updater = Updater(groups, config, updates[-1], sum(updates), accelerator)
+        per_epoch = updates[-1]  # a curriculum makes the first epochs smaller; the last one has all clips
+        self.updater = Updater(groups, config, per_epoch, sum(updates), accelerator)
 
 # %% ../nbs/14_trainer.ipynb #462a0cc7
 @patch

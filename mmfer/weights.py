@@ -66,10 +66,21 @@ _NOT_VISION = r"(vision_model\.)?head\.|text_model\.|logit_"  # keys that a visi
 _ADVICE = "give a hub id or a folder with config.json and model.safetensors"
 
 
+def _require_there(source):
+    "Refuse a folder that does not exist, before it is taken for a hub id such as `SIGLIP2`."
+    path = Path(source)
+    words = str(source)
+    named_as_folder = isinstance(source, Path) or words.startswith((".", "/")) or words.count("/") > 1
+    in_a_folder = "/" in words and path.parent.is_dir()
+    is_hub_id = not (named_as_folder or in_a_folder)
+    require(is_hub_id or path.exists(), f"{source} does not exist: {_ADVICE}")
+
+
 def load_siglip(
     source,              # a hub id such as `SIGLIP2`, or a folder
 ) -> SiglipVisionModel:  # in float32, without pooling head
     "The vision tower of a SigLIP or SigLIP2 checkpoint. Raises `MmferError` that names what does not fit."
+    _require_there(source)
     loading = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     with file_errors(source, _ADVICE, SafetensorError, ValueError), _quiet():
         config = SiglipVisionConfig.from_pretrained(source)
@@ -269,6 +280,7 @@ def lfm2_sizes(
 
 
 def _read_lfm2_config(source):
+    _require_there(source)
     with file_errors(source, _ADVICE, ValueError): config = AutoConfig.from_pretrained(source)
     kind = config.model_type
     is_lfm2 = kind == "lfm2"
@@ -298,7 +310,7 @@ def load_lfm2(
 
 
 def _left_behind(layers):
-    "Pattern of the keys that the first layers have no use for: the words, and all later layers."
+    "Pattern of the keys that the first layers have no use for: the token embeddings, and all later layers."
     kept = "|".join(map(str, range(layers)))
     return rf"(model\.)?(embed_tokens\.|lm_head\.|layers\.(?!({kept})\.))"
 

@@ -211,16 +211,20 @@ def test_a_dead_worker_is_told_in_a_sentence():
 
 INTERRUPTED = """
 import time
+from pathlib import Path
 from mmfer.ablations import side_by_side
+def work(number):
+    Path(f"{number}.begun").touch()
+    time.sleep(60)
 if __name__ == "__main__":
     print("begun", flush=True)
-    try: list(side_by_side(time.sleep, [(60,)] * 4, workers=2))
+    try: list(side_by_side(work, [(k,) for k in range(4)], workers=2))
     except KeyboardInterrupt: print("stopped", flush=True)
 """
 
 
-@pytest.mark.parametrize("wait", [0.3, 15])  # while workers start, and while they work
-def test_ctrl_c_ends_all_without_a_word_of_the_workers(tmp_path, wait):
+@pytest.mark.parametrize("at_work", [0, 2])  # while workers start, and while both work
+def test_ctrl_c_ends_all_without_a_word_of_the_workers(tmp_path, at_work):
     (tmp_path / "jobs.py").write_text(INTERRUPTED)
     hear = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     here = os.environ | dict(PYTHONPATH=str(ROOT))
@@ -228,7 +232,8 @@ def test_ctrl_c_ends_all_without_a_word_of_the_workers(tmp_path, wait):
     with subprocess.Popen([sys.executable, "jobs.py"], cwd=tmp_path, env=here, start_new_session=True,
                           preexec_fn=hear, **pipes) as process:
         assert process.stdout.readline() == "begun\n"
-        time.sleep(wait)
+        time.sleep(0.3)
+        while len(list(tmp_path.glob("*.begun"))) < at_work: time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         said, complaints = process.communicate(timeout=60)
     assert said == "stopped\n" and not complaints and process.returncode == 0
@@ -345,6 +350,13 @@ def test_mean_is_over_folds_and_deviation_over_trainings():
     assert summary["folds"] == pytest.approx([np.mean(war[i:i + 2]) for i in (0, 2, 4)])
     assert summary["mean"] == pytest.approx(np.mean(war))
     assert summary["sd"] == pytest.approx(np.std(war, ddof=1))
+
+
+def test_all_seeds_count_alike_in_the_interval():
+    one = results(seeds=1)[0]
+    always_right = dataclasses.replace(one, seed=0, prediction=one.label)
+    never_right = dataclasses.replace(one, seed=1, prediction=[(label + 1) % 8 for label in one.label])
+    assert summarise_metric([always_right, never_right], "war")["ci"] == [0.5, 0.5]
 
 
 def test_one_training_has_no_deviation_and_one_speaker_no_interval():

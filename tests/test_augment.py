@@ -9,6 +9,9 @@ from mmfer.augment import (
     AudioAugment, AugmentedClips, VideoAugment, add_noise, augment_clip, blend, clip_seed, cutmix, draw_mix,
     mix_batch, mixup, pitch_shift, seeded, soften, time_stretch)
 from mmfer.core import MmferError, seed_everything
+from mmfer.corpus import Corpus
+from mmfer.processor import ClipDataset, Processor
+from mmfer.toy import make_toy
 
 RATE = 16_000
 few = settings(max_examples=20, deadline=None)  # resampling is slow
@@ -50,6 +53,28 @@ def test_stretch_changes_the_length_and_keeps_the_pitch(rate):
     stretched = time_stretch(tone(), rate)
     assert len(stretched) == round(RATE / rate)
     assert pitch_of(stretched) == pytest.approx(440, abs=3)
+
+
+def rms(sound): return sound.square().mean().sqrt().item()
+
+
+@pytest.fixture(scope="module")
+def toy_sound(tmp_path_factory):
+    folder = make_toy(tmp_path_factory.mktemp("toy"), actors=2, clips_per_actor=8, progress=False)
+    return ClipDataset(Corpus.from_folder(folder), Processor(image_size=32, grid=4, faces="none"))[4]["audio"]
+
+
+@few
+@given(rate=st.floats(0.8, 1.25), semitones=st.floats(-4, 4))
+def test_tempo_and_pitch_keep_the_loudness(toy_sound, rate, semitones):
+    assert rms(toy_sound) > 0.01
+    for changed in (time_stretch(toy_sound, rate), pitch_shift(toy_sound, semitones)):
+        assert rms(changed) == pytest.approx(rms(toy_sound), rel=0.01)
+
+
+def test_silence_stays_silent():
+    silence = torch.zeros(RATE)
+    assert (time_stretch(silence, 0.8) == 0).all() and (pitch_shift(silence, 2.0) == 0).all()
 
 
 @pytest.mark.parametrize("snr", [-5.0, 0.0, 20.0])
@@ -174,6 +199,13 @@ def batch(audio=(6, 4, 0), video=(2, 0, 2), garbage=0.0):
                 video_lengths=torch.tensor(video), labels=LABELS, clip=["a", "b", "c"])
 
 
+def partners(before, alpha, generator):
+    "Whom `draw_mix` draws, but the clip itself where the two have neither sound nor pictures in common."
+    drawn = draw_mix(len(before["labels"]), alpha, generator)[1].tolist()
+    lengths = [before[key].tolist() for key in ("audio_lengths", "video_lengths")]
+    return [j if any(n[i] and n[j] for n in lengths) else i for i, j in enumerate(drawn)]
+
+
 def real(mixed): return [row[:n] for row, n in zip(mixed["audio"], mixed["audio_lengths"])]
 
 
@@ -187,7 +219,7 @@ def test_mixing_keeps_label_mass_lengths_and_types(mix, seed, alpha, n_classes):
     def draw(): return torch.Generator().manual_seed(seed)
     before = batch()
     mixed, soft = mix(before, LABELS, n_classes, alpha, draw())
-    partner = draw_mix(3, alpha, draw())[1]
+    partner = partners(before, alpha, draw())
     assert soft.shape == (3, n_classes)
     assert_close(soft.sum(1), torch.ones(3))
     assert (soft >= 0).all() and (soft[:, [k for k in range(n_classes) if k not in (0, 3)]] == 0).all()
@@ -195,6 +227,22 @@ def test_mixing_keeps_label_mass_lengths_and_types(mix, seed, alpha, n_classes):
         for i, j in enumerate(partner): assert mixed[key][i] == (before[key][i] if before[key][j] else 0)
     assert mixed["video"].dtype == torch.uint8 and before["video"].equal(batch()["video"])
     assert mixed["clip"] == before["clip"]
+
+
+@pytest.mark.parametrize("mix", (mixup, cutmix))
+@settings(deadline=None)
+@given(has=st.lists(st.sampled_from(((6, 2), (4, 0), (0, 2))), min_size=3, max_size=3), seed=st.integers(0, 9999))
+def test_no_mixed_clip_loses_all_modalities(mix, has, seed):
+    "Clips with both, with sound alone and with pictures alone."
+    audio, video = zip(*has)
+    before = batch(audio, video)
+    mixed, soft = mix(before, torch.arange(3), 3, 1.0, torch.Generator().manual_seed(seed))
+    assert ((mixed["audio_lengths"] > 0) | (mixed["video_lengths"] > 0)).all()
+    for i, j in enumerate(partners(before, 1.0, torch.Generator().manual_seed(seed))):
+        if i != j: continue
+        assert soft[i].argmax() == i and soft[i].max().item() == pytest.approx(1)
+        assert torch.equal(mixed["video"][i], before["video"][i])
+        assert_close(real(mixed)[i], real(before)[i])
 
 
 @settings(deadline=None)

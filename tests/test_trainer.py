@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from mmfer import trainer as trainer_module
-from mmfer.augment import mix_batch
+from mmfer.augment import clip_seed, mix_batch
 from mmfer.core import MmferError, seed_everything
 from mmfer.corpus import RAVDESS_EMOTIONS, Corpus
 from mmfer.losses import class_weights
@@ -101,7 +101,7 @@ def test_it_is_the_plain_loop(tmp_path):
     seed_everything(0)
     for epoch in range(2):
         model.train()
-        order = torch.randperm(5, generator=torch.Generator().manual_seed(epoch)).tolist()
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(clip_seed(0, epoch))).tolist()
         for group in ([order[:2], order[2:4]], [order[4:]]):
             now = next(share)
             for g, rate in zip(optimizer.param_groups, rates.values()): g["lr"] = rate * now
@@ -154,6 +154,17 @@ def test_a_second_start_gets_the_batches_that_are_left(clips, batch_size, proces
     whole = list(order)
     order.start = data.draw(st.integers(0, len(whole)))
     assert list(order) == whole[order.start:] and len(order) == len(whole) - order.start
+
+
+@given(seed=st.integers(0, 2**32 - 2), clips=st.integers(20, 40))
+def test_neighbouring_seeds_share_no_order(seed, clips):
+    orders = [ClipOrder(clips, TrainConfig(seed=s)) for s in (seed, seed + 1)]
+    seen = set()
+    for epoch in range(6):
+        for order in orders:
+            order.epoch = epoch
+            seen.add(tuple(clip for batch in order for clip, _ in batch))
+    assert len(seen) == 12
 
 
 @pytest.mark.parametrize("accumulation, updates", [(1, 3), (2, 2), (3, 1), (4, 1)])
@@ -548,7 +559,7 @@ def test_what_is_not_here_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, value", [
     ("epochs", 0), ("batch_size", 0), ("accumulation", -1), ("lr_branches", -1e-5),
     ("lr_classifier", math.inf), ("weight_decay", -0.1), ("warmup_epochs", math.nan), ("max_grad_norm", -1.0),
-    ("save_batches", -1), ("patience", -1), ("label_smoothing", 1.5), ("curriculum", 2.0),
+    ("save_batches", -1), ("seed", -1), ("patience", -1), ("label_smoothing", 1.5), ("curriculum", 2.0),
     ("schedule", "spiral"), ("precision", "fp8"), ("freeze", ["nose"]), ("trackers", ["paper"]),
     ("epochs", "x"), ("workers", 0.5)])
 def test_a_setting_that_cannot_be_is_refused(name, value):

@@ -114,6 +114,32 @@ def test_other_sizes_and_empty_folders_are_refused(tmp_path, whole):
     with pytest.raises(MmferError, match="config.json"): load_siglip(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("load", [load_siglip, load_lfm2, lfm2_sizes])
+@pytest.mark.parametrize("source", ["{}/absent", "./absent", "some/where/absent", "here/absent"])
+def test_a_folder_that_does_not_exist_is_not_taken_for_a_hub_id(tmp_path, monkeypatch, load, source):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = source.format(tmp_path)
+    with pytest.raises(MmferError) as e: load(source)
+    assert str(e.value).startswith(f"{source} does not exist: give a hub id or a folder with")
+    with pytest.raises(MmferError, match="absent does not exist"): load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("load", [load_siglip, load_lfm2])
+def test_a_hub_id_is_asked_of_the_hub(tmp_path, monkeypatch, load):
+    asked = []
+
+    def ask(source, **_):
+        asked.append(source)
+        raise OSError("offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmfer.weights.SiglipVisionConfig.from_pretrained", ask)
+    monkeypatch.setattr("mmfer.weights.AutoConfig.from_pretrained", ask)
+    with pytest.raises(MmferError, match="cannot be read.*offline"): load("google/siglip2-base-patch16-224")
+    assert asked == ["google/siglip2-base-patch16-224"]
+
+
 def test_a_truncated_file_is_refused(tmp_path, whole):
     _, weights, config = whole
     file = _write(tmp_path / "w", weights, config) / "model.safetensors"
