@@ -428,6 +428,13 @@ def _clip_statistics(item):
     small = F.adaptive_avg_pool2d(item["video"] / 255, 8).flatten(1)
     return torch.cat([F.adaptive_avg_pool1d(mel[0], N_SEGMENTS).flatten(), small.mean(0), small.std(0)])
 
+
+def _clip_baseline(name, split, table, statistics):
+    "A baseline on the statistics of clips, `[N, 1024]`, in the order of the table."
+    label = table.label.to_numpy()
+    train, test = (table.speaker.isin(who).to_numpy() for who in (split.train, split.test))
+    return fit_baseline(name, statistics[train], label[train], statistics[test])
+
 # %% ../nbs/24_ablations.ipynb #a51f6863
 def _clip_recipe(preset, epochs, clips, seed):
     "The recipe of a preset, adapted to the number of training clips and to this machine."
@@ -442,7 +449,7 @@ def _best_epoch(model, recipe, sets, cache):
     with tempfile.TemporaryDirectory() as folder:
         Trainer(model, recipe, sets["train"], sets["val"], folder, cache=cache).fit()
         best, _, _ = load_run(folder)
-    return best
+    return best.to("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/24_ablations.ipynb #db7622bd
 class ClipExperiment:
@@ -498,17 +505,11 @@ class ClipExperiment:
         seed: int,     # of the training
     ) -> tuple:        # predictions on the test clips, number of parameters
         "Train and test one system."
-        if system in BASELINES: return self._baseline(system, split)
+        if system in BASELINES: return _clip_baseline(system, split, self.corpus.table, self.statistics)
         sets = {part: self.clips.select(corpus) for part, corpus in self.corpus.parts(split).items()}
         recipe = _clip_recipe(self.preset, self.epochs, len(sets["train"]), seed)
         seed_everything(seed)
         model = clip_model(self.preset, self.emotions, system, **self.weights)
         best = _best_epoch(model, recipe, sets, self.cache)
-        device = "cuda" if torch.cuda.is_available() else None
         loader = DataLoader(sets["test"], recipe.batch_size, collate_fn=collate)
-        return predict(best, loader, device, progress=False).prediction.to_numpy(), count_parameters(best)
-
-    def _baseline(self, name, split):
-        label = self.corpus.table.label.to_numpy()
-        train, test = (self.corpus.table.speaker.isin(who).to_numpy() for who in (split.train, split.test))
-        return fit_baseline(name, self.statistics[train], label[train], self.statistics[test])
+        return predict(best, loader, progress=False).prediction.to_numpy(), count_parameters(best)

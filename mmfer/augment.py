@@ -189,7 +189,7 @@ def _sharing_partner(batch, partner):
     pictures = (batch.get("video"), batch.get("video_tokens"))
     if any(x is not None for x in pictures): have.append(batch["video_lengths"] > 0)
     shared = torch.stack([present & present[partner] for present in have]).any(0)
-    return torch.where(shared, partner, torch.arange(len(partner)))
+    return torch.where(shared.cpu(), partner, torch.arange(len(partner)))  # as the draw, on the CPU
 
 # %% ../nbs/13_augment.ipynb #d0a59345
 def _both(lengths, partner):

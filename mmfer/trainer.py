@@ -504,7 +504,7 @@ def _require_fit(dataset, model):
     require(here == there, f"the clips have the emotions {here} and the model has {there}: "
                            "use corpus.with_emotions, or another model")
 
-
+# %% ../nbs/14_trainer.ipynb #2bfe1758
 class Trainer:
     "Trains a model and leaves what `RunFolder` lists in a folder."
 
