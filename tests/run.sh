@@ -35,4 +35,4 @@ echo "== the site builds"
 (cd "$copy" && mkdocs build --quiet --strict)
 
 echo "== tests"
-python -m pytest -q --durations=10 tests
+python -m pytest -q -n 2 --durations=10 tests
