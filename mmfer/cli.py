@@ -156,12 +156,15 @@ def _parse(args):
 def main(
     args=None,  # the words after `mmfer`; by default those of the terminal
 ):
-    "The `mmfer` command. Exits with 2 after a user's mistake."
+    "The `mmfer` command. Exits with 2 after a user's mistake, with 130 after Ctrl-C."
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try: _parse(args).run()
     except MmferError as e:
         print(f"mmfer: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("mmfer: stopped; the same line goes on (train and cv with --resume)", file=sys.stderr)
+        sys.exit(130)
 
 # %% ../nbs/90_cli.ipynb #6567b065
 @dataclass(kw_only=True)

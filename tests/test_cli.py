@@ -472,3 +472,11 @@ def test_real_clips(shared_data, trained, capsys):
     said = capsys.readouterr()
     assert said.out.count("surprised") == 6
     assert "02-01-03-01-01-02-05.mp4" in said.err and "1 of 7" in said.err
+
+
+def test_ctrl_c_is_told_in_one_sentence(tmp_path, monkeypatch, capsys):
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(COMMANDS["toy"], "run", stop)
+    with pytest.raises(SystemExit) as end: main(["toy", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert end.value.code == 130 and said.startswith("mmfer: stopped") and said.count("\n") == 1
