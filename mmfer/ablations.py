@@ -59,7 +59,26 @@ def _digest(*arrays):
     return digest.hexdigest()[:16]
 
 # %% ../nbs/24_ablations.ipynb #6c3c7e91
-class FeatureExperiment:
+class _Experiment:
+    "What experiments on features and on clips share: who is in the corpus."
+
+    def folds(
+        self,
+        scheme: str,  # "hicmae", "luna" or "single"
+    ) -> list[Split]:
+        "Who trains, who chooses the epoch where one is chosen, and who is tested."
+        return self.corpus.folds(scheme)
+
+    def test_clips(
+        self,
+        split: Split,      # one of the folds
+    ) -> pd.DataFrame:     # clip, speaker, label and more
+        "The clips of the test speakers."
+        table = self.corpus.table
+        return table[table.speaker.isin(split.test)]
+
+
+class FeatureExperiment(_Experiment):
     "Systems on a features file. Nobody validates: the config fixes everything before."
     small = True  # one thread per training is best
 
@@ -70,6 +89,7 @@ class FeatureExperiment:
         lfm2=None,                                # hub id or folder of LFM2 weights, for "lfm2_full"
     ):
         self.features = load_features(path)
+        self.corpus = self.features  # it knows speakers and folds, as a `Corpus` does
         self.emotions = self.features.emotions
         self.config = config
         self.lfm2 = lfm2
@@ -80,21 +100,6 @@ class FeatureExperiment:
         data = _digest(self.features.audio, self.features.visual, rows)
         return dict(kind="features", data=data, emotions=list(self.emotions), config=to_dict(self.config),
                     lfm2=self.lfm2 and str(self.lfm2))
-
-    def folds(
-        self,
-        scheme: str,  # "hicmae", "luna" or "single"
-    ) -> list[Split]:
-        "Who trains and who is tested."
-        return self.features.folds(scheme)
-
-    def test_clips(
-        self,
-        split: Split,      # one of the folds
-    ) -> pd.DataFrame:     # clip, speaker, label and more
-        "The clips of the test speakers."
-        table = self.features.table
-        return table[table.speaker.isin(split.test)]
 
     def run(
         self,
@@ -452,7 +457,7 @@ def _best_epoch(model, recipe, sets, cache):
     return best.to("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/24_ablations.ipynb #db7622bd
-class ClipExperiment:
+class ClipExperiment(_Experiment):
     "Systems on clips, each trained whole; each fold chooses the best epoch on its own validation speakers."
 
     def __init__(
@@ -483,20 +488,6 @@ class ClipExperiment:
         sizes = np.array([Path(path).stat().st_size for path in self.corpus.table.path])
         return dict(kind="clips", data=_digest(rows, sizes), emotions=list(self.emotions), preset=self.preset,
                     config=to_dict(RECIPES[self.preset]), epochs=self.epochs, **self.weights)
-
-    def folds(
-        self,
-        scheme: str,  # "hicmae", "luna" or "single"
-    ) -> list[Split]:
-        "Who trains, who chooses the epoch, and who is tested."
-        return self.corpus.folds(scheme)
-
-    def test_clips(
-        self,
-        split: Split,      # one of the folds
-    ) -> pd.DataFrame:     # clip, speaker, label and more
-        "The clips of the test speakers."
-        return self.corpus.of(split.test).table
 
     def run(
         self,
