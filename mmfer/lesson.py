@@ -17,7 +17,7 @@ from .core import choose, first_line
 # %% ../nbs/91_lesson.ipynb #97a9e7a3
 CHAPTERS = {name: f"{number:02}" for number, name in enumerate((
     "core", "media", "toy", "corpus", "faces", "processor", "audio", "visual", "fusion", "classifier",
-    "model", "weights", "losses", "augment", "trainer", "runs", "evaluate", "explain", "capstone", "prepare",
+    "weights", "model", "losses", "augment", "trainer", "runs", "evaluate", "explain", "capstone", "prepare",
     "cache", "download", "stages", "features", "ablations"))} | {"cli": "90", "lesson": "91"}
 
 # %% ../nbs/91_lesson.ipynb #80cf0883

@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+import tokenize
 import warnings
 import zipfile
 from dataclasses import replace
@@ -87,16 +88,19 @@ _KEPT = "make room or choose another folder, and start again; what is finished i
 
 def _save_parts(path, parts):
     "Write the arrays of one clip: the file appears whole or not at all, and equal arrays give equal bytes."
-    with file_errors(path, _KEPT), atomic_write(path, "wb") as f: np.savez(f, **parts)
+    with file_errors(path, _KEPT), atomic_write(path, "wb") as f: np.savez(f, names=list(parts), **parts)
 
 
 _AGAIN = "delete it and prepare the clips again"
-_FAULTS = (zipfile.BadZipFile, ValueError, EOFError, TypeError)  # of NumPy, by the way a file is broken
+# what NumPy raises, by the way a file is broken
+_FAULTS = (zipfile.BadZipFile, ValueError, EOFError, TypeError, RuntimeError, tokenize.TokenError)
 
 
 def _load_parts(path, names):
     "Those arrays of one clip that are there; nothing in the file is run. Raises `MmferError` for damage."
     with file_errors(path, _AGAIN, *_FAULTS), np.load(path, allow_pickle=False) as parts:
+        whole = "names" in parts and {"names", *parts["names"]} == set(parts)
+        require(whole, f"{path} is no whole clip of a prepared set: {_AGAIN}")
         return {name: parts[name] for name in names if name in parts}
 
 # %% ../nbs/19_prepare.ipynb #89e36346
@@ -105,7 +109,6 @@ def _unpack_clip(path, audio=True, track=True, pictures=True):
     wanted = ["duration", *("sound", "peak") * audio, *_TRACK * track, *("pictures", "ends") * pictures]
     parts = _load_parts(path, wanted)
     has_track = "seen" in parts
-    require("duration" in parts, f"{path} is no clip of a prepared set: {_AGAIN}")
     n = len(parts["seen"]) if has_track else 0
     duration = float(parts["duration"])
     return FaceClip(
@@ -157,7 +160,7 @@ class PrepareConfig:
     faces: str = YUNET         # name of the face detector, or "none": the middle square of the frame
     margin: Amount = 0.2       # room on each side of the face, in shares of it
     modality: str = "01"       # "01" sound and pictures, "02" pictures only, "03" sound only
-    format: Literal[2] = 2     # version of the files
+    format: Literal[3] = 3     # version of the files
 
     def __post_init__(self):
         choose("modality", self.modality, tuple(_HOLDS))

@@ -590,6 +590,15 @@ def test_a_cut_off_clip_is_told_and_mended(toy, whole, copy):
     assert digests(copy) == digests(whole)
 
 
+@pytest.mark.parametrize("name", ["names", "sound", "peak", "boxes", "seen", "pictures", "ends"])
+def test_a_part_of_another_name_is_told(whole, tmp_path, name):
+    raw = Path(prepared_corpus(whole).table["path"][0]).read_bytes()
+    path = tmp_path / "x.npz"
+    path.write_bytes(raw.replace(f"{name}.npy".encode(), f"{name[:-1]}~.npy".encode()))
+    with pytest.raises(MmferError) as e: P._unpack_clip(path)
+    one_sentence(e, path, "is no whole clip of a prepared set", "delete it and prepare the clips again")
+
+
 @few
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_never_passes(whole, tmp_path_factory, where, bit):
@@ -609,14 +618,14 @@ def test_a_foreign_file_is_no_clip(copy):
     path = Path(prepared_corpus(copy).table["path"][0])
     np.savez(path, x=np.ones(3))
     with pytest.raises(MmferError) as e: dataset(copy)[0]
-    one_sentence(e, path, "is no clip of a prepared set")
+    one_sentence(e, path, "is no whole clip of a prepared set")
 
 
 def test_nothing_is_ever_unpickled(tmp_path):
     class Bomb:
         def __reduce__(self): return (Path(tmp_path / "exploded").touch, ())
     path = tmp_path / "x.npz"
-    np.savez(path, sound=np.array([Bomb()], object))
+    np.savez(path, names=["sound"], sound=np.array([Bomb()], object))
     with pytest.raises(MmferError, match="cannot be read"): P._load_parts(path, ["sound"])
     assert not (tmp_path / "exploded").exists()
 

@@ -26,7 +26,7 @@ file = pytest.mark.parametrize("path", WRITTEN, ids=lambda p: str(p.relative_to(
 
 # A module imports only from those before it; `lesson` is for the chapters alone.
 ORDER = ("core", "lesson", "media", "corpus", "toy", "faces", "processor", "audio", "visual", "fusion",
-         "classifier", "model", "weights", "losses", "augment", "cache", "runs", "trainer", "stages",
+         "classifier", "weights", "model", "losses", "augment", "cache", "runs", "trainer", "stages",
          "evaluate", "explain", "prepare", "download", "features", "ablations", "cli")
 
 
