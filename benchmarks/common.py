@@ -1,4 +1,8 @@
-"""What all benchmarks share: which machine this is, how a result is kept, the time of a step."""
+"""What all benchmarks share: which machine this is, how a result is kept, the time of a step.
+
+With the variable MMFER_TRY_OUT, a folder, results go there and not among the measured ones, and a script that
+measures a GPU runs without one: that shows that it works, and nothing else.
+"""
 import json
 import os
 import platform
@@ -7,21 +11,27 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
 from mmfer.core import MmferError, atomic_write, require
+from mmfer.media import write_clip
 
-RESULTS = Path(__file__).parent / "results"
+TRY_OUT = os.environ.get("MMFER_TRY_OUT")
+RESULTS = Path(TRY_OUT or Path(__file__).parent / "results")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def machine():
     "The chip and the versions that a figure belongs to."
-    chip = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name()
-    return dict(chip=chip, threads=torch.get_num_threads(), torch=torch.__version__,
-                transformers=transformers.__version__, python=platform.python_version())
+    facts = dict(device=DEVICE, chip=cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__,
+                 transformers=transformers.__version__, python=platform.python_version())
+    if DEVICE == "cpu": return facts
+    gpu = torch.cuda.get_device_properties()
+    return facts | dict(chip=gpu.name, cpu=cpu_name(), memory_gb=gpu.total_memory / 2**30,
+                        capability=f"{gpu.major}.{gpu.minor}", cuda=torch.version.cuda)
 
 
 def cpu_name():
@@ -44,8 +54,25 @@ def save(name, answer, **figures):
     print(json.dumps(result, indent=1))
 
 
+def require_gpu():
+    there = DEVICE == "cuda" or TRY_OUT
+    require(there, "this benchmark needs a CUDA device: run it on a machine with a GPU")
+
+
 def wait_for_device():
     if DEVICE == "cuda": torch.cuda.synchronize()
+
+
+def forget_memory():
+    "Begin to measure the peak anew."
+    if DEVICE == "cpu": return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb():
+    "GPU memory at its peak; None on a CPU, where only that of the process is known."
+    return torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
 
 
 def seconds_per_call(f, calls, warmup=2):
@@ -68,6 +95,16 @@ def synthetic_batch(model, clips, frames=16, seconds=3.0):
     return dict(audio=audio.to(DEVICE), video=video.to(DEVICE)), labels.to(DEVICE)
 
 
+def write_corpus(folder, clips, size, frames=16):
+    "Noise with RAVDESS names, 4 s, 60 clips per actor: as hard to decode and to train on as anything else."
+    rng = np.random.default_rng(0)
+    for i in range(clips):
+        name = f"01-01-{1 + i % 8:02d}-01-01-{1 + i % 60:02d}-{1 + i // 60:02d}.mp4"
+        sound = 0.1 * rng.standard_normal(64_000).astype(np.float32)
+        pictures = rng.integers(0, 256, (frames, size, size, 3), dtype=np.uint8)
+        write_clip(Path(folder) / name, pictures, frames // 4, sound)
+
+
 def autocast(precision):
     return torch.autocast(DEVICE, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
@@ -75,12 +112,14 @@ def autocast(precision):
 def training_step(model, loss, batch, labels, precision):
     "A function that does one forward pass, backward pass and update."
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=precision == "fp16")
 
     def step():
         with autocast(precision): total = loss(model(**batch), labels)["total"]
         require(torch.isfinite(total), f"the loss became {total.item()}: these figures would mean nothing")
-        total.backward()
-        optimizer.step()
+        scaler.scale(total).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
     return step
 

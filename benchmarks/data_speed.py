@@ -1,10 +1,12 @@
 """How many clips per second come from the original files, from a prepared set, and from the feature cache?
 
-    python benchmarks/data_speed.py DATA [--faces yunet.onnx] [--repeats 5]
+    python benchmarks/data_speed.py [--data FOLDER] [--faces yunet.onnx] [--repeats 5]
 
 Reading: the same clips three times over, on one machine, in one run; the original files are decoded and
-searched for the face, as an epoch without preparation would do. Training: an epoch of the lightweight
-preset (random weights cost the same) with the frozen tower at work, and from the cache of its tokens.
+searched for the face, as an epoch without preparation would do. Training: one weight update of the
+lightweight preset (random weights cost the same), in this machine's precision, with the frozen tower at
+work, and from the cache of its tokens. Without a folder the clips are noise of the model's size, without a
+face: then the figures of the original files mean little.
 """
 import tempfile
 import time
@@ -12,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from common import DEVICE, run, save, seconds_per_call
+from common import DEVICE, autocast, run, save, seconds_per_call, write_corpus
 from torch.utils.data import DataLoader
-from tyro.conf import Positional
 
 from mmfer.cache import use_cache
+from mmfer.core import this_machine
+from mmfer.corpus import RAVDESS_EMOTIONS
 from mmfer.faces import YUNET
 from mmfer.losses import MultimodalLoss
 from mmfer.model import MultimodalFER
@@ -28,8 +31,9 @@ from mmfer.trainer import RECIPES
 @dataclass
 class Settings:
     "A few clips are enough: the cost is that of a clip."
-    data: Positional[Path]  # folder of clips with RAVDESS names, or a CSV file
-    faces: str = YUNET      # face detector, or "none"
+    data: Path | None = None     # folder of clips with RAVDESS names, or a CSV file
+    faces: str = YUNET           # face detector, or "none"
+    preset: str = "lightweight"  # which model trains; its tower is frozen
     clips: int = 6          # how many clips are read
     repeats: int = 5        # how often the prepared set and the cache are read
 
@@ -47,42 +51,48 @@ def reading_seconds(dataset, repeats):
     return seconds_per_call(read_all, repeats, warmup=1) / len(dataset)
 
 
-def epoch_seconds(model, dataset, warmup=0):
+def update_seconds(model, dataset, recipe, warmup=0):
     "Seconds per clip of training on as many clips as one weight update of the recipe takes; they repeat."
-    recipe = RECIPES["lightweight"]
     loss = MultimodalLoss()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     clips = [i % len(dataset) for i in range(recipe.batch_size * recipe.accumulation)]
 
     def update():
         for batch in DataLoader(dataset, recipe.batch_size, sampler=clips, collate_fn=collate):
-            loss(model(**model_inputs(batch, DEVICE)), batch["labels"].to(DEVICE))["total"].backward()
+            with autocast(this_machine().precision):
+                total = loss(model(**model_inputs(batch, DEVICE)), batch["labels"].to(DEVICE))["total"]
+            total.backward()
         optimizer.step()
         optimizer.zero_grad()
     return seconds_per_call(update, 1, warmup) / len(clips)
 
 
 def main(settings):
-    corpus = corpus_of(settings.data)
-    model = MultimodalFER.from_preset("lightweight", corpus.emotions).to(DEVICE).train()
-    processor = Processor.for_model(model.config, faces=settings.faces)
-    paths = corpus.table["path"][:settings.clips]
+    recipe = RECIPES[settings.preset]
+    model = MultimodalFER.from_preset(settings.preset, RAVDESS_EMOTIONS, weights="none").to(DEVICE).train()
+    model.visual.freeze()
     with tempfile.TemporaryDirectory() as folder:
-        clips = open_clips(settings.data, model.config, Path(folder) / "prepared", settings.faces)
+        data = settings.data or Path(folder) / "noise"
+        faces = settings.faces if settings.data else "none"
+        if settings.data is None: write_corpus(data, settings.clips, model.config.visual.image_size)
+        processor = Processor.for_model(model.config, faces=faces)
+        paths = corpus_of(data).table["path"][:settings.clips]
+        clips = open_clips(data, model.config, Path(folder) / "prepared", faces)
         prepared = clips.select(clips.corpus.where(clips.corpus.table.index < settings.clips))
         cached = use_cache(model.visual, prepared, Path(folder) / "cache")
         figures = dict(raw_s=raw_seconds(paths, processor),
                        prepared_s=reading_seconds(prepared, settings.repeats),
                        cached_s=reading_seconds(cached, settings.repeats),
-                       epoch_prepared_s=epoch_seconds(model, prepared),
-                       epoch_cached_s=epoch_seconds(model, cached, warmup=1))
+                       epoch_prepared_s=update_seconds(model, prepared, recipe),
+                       epoch_cached_s=update_seconds(model, cached, recipe, warmup=1))
     figures["prepared_gain"] = figures["raw_s"] / figures["prepared_s"]
     figures["cache_gain"] = figures["epoch_prepared_s"] / figures["epoch_cached_s"]
     answer = ("reading a clip: original {raw_s:.3f} s, prepared {prepared_s:.4f} s ({prepared_gain:.0f}x), "
-              "cached {cached_s:.4f} s; training on a clip, lightweight: prepared {epoch_prepared_s:.2f} s, "
-              "cached {epoch_cached_s:.2f} s ({cache_gain:.0f}x)")
-    names = dict(data=settings.data.name, faces=Path(settings.faces).name)
-    save(f"data_speed_{DEVICE}", answer.format(**figures), **asdict(settings) | names, **figures)
+              "cached {cached_s:.4f} s; training on a clip, {preset}: prepared {epoch_prepared_s:.3f} s, "
+              "cached {epoch_cached_s:.3f} s ({cache_gain:.0f}x)")
+    names = dict(data=settings.data.name if settings.data else "noise", faces=Path(faces).name)
+    figures = asdict(settings) | names | figures
+    save(f"data_speed_{DEVICE}", answer.format(**figures), **figures)
 
 
 if __name__ == "__main__": run(main, Settings)

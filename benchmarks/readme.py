@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import gpu
+
 HERE = Path(__file__).parent
 SHARED = ("common", "readme")
 HEAD = """\
@@ -14,6 +16,7 @@ HEAD = """\
 
 One script per question. Each writes its result with chip, versions and settings into `results/`, and this
 table is made from those files (`python benchmarks/readme.py --write`). What has not been measured says so.
+`make gpu` on a machine with a GPU runs the tests that need one and writes all figures of a GPU at once.
 
 | question | answer | chip | command |
 | --- | --- | --- | --- |
@@ -32,12 +35,15 @@ def question(script):
 
 
 def rows(script):
-    "One row per result; a script without a result has one that says so."
+    "One row per result; one that says so where there is no result, or none of a GPU that should have one."
     kept = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((HERE / "results").glob("*.json"))]
     mine = [r for r in kept if f"benchmarks/{script.name}" in r["command"]]
-    if not mine: return [f"| {question(script)} | not measured | | `python benchmarks/{script.name}` |"]
     row = "| {} | {} | {chip}, torch {torch} | `{}` |"
-    return [row.format(question(script), r["answer"], r["command"], **r["machine"]) for r in mine]
+    rows = [row.format(question(script), r["answer"], r["command"], **r["machine"]) for r in mine]
+    needs_gpu = script.name in ("gpu.py", *gpu.JOBS)
+    lacks_gpu = needs_gpu and not any(r["machine"].get("device") == "cuda" for r in mine)
+    if lacks_gpu: rows.append(f"| {question(script)} | not measured | a GPU | `make gpu` |")
+    return rows or [f"| {question(script)} | not measured | | `python benchmarks/{script.name}` |"]
 
 
 def readme():

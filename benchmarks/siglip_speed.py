@@ -11,14 +11,16 @@ import torch
 from common import DEVICE, autocast, run, save, seconds_per_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmfer.core import this_machine
 from mmfer.visual import VISUAL_PRESETS, build_siglip
 
 
 @dataclass
 class Settings:
     "The forward pass alone, in inference mode."
+    preset: str = "lightweight"                             # whose tower: that of lightweight is SigLIP2 base
     batch: int = 256 if DEVICE == "cuda" else 4             # pictures per call
-    precision: str = "bf16" if DEVICE == "cuda" else "no"
+    precision: str = this_machine().precision
     calls: int = 20 if DEVICE == "cuda" else 2              # timed calls
     matrix: int = 8192 if DEVICE == "cuda" else 1024        # side of the matrix product
 
@@ -38,7 +40,7 @@ def flops_per_picture(tower, pictures):
 
 @torch.inference_mode()
 def main(settings):
-    config = VISUAL_PRESETS["lightweight"]
+    config = VISUAL_PRESETS[settings.preset]
     tower = build_siglip(config).to(DEVICE).eval()
     pictures = torch.randn(settings.batch, 3, config.image_size, config.image_size, device=DEVICE)
     flops = flops_per_picture(tower, pictures)

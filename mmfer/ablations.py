@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FeatureExperiment', 'Result', 'train_and_test', 'side_by_side', 'read_results', 'summarise_metric',
            'summarise_system', 'comparison_table', 'as_markdown', 'plot_systems', 'plan_systems', 'compare',
-           'paired_difference', 'clip_model', 'ClipExperiment']
+           'paired_difference', 'ClipExperiment']
 
 # %% ../nbs/24_ablations.ipynb #7b14df2b
 import dataclasses
@@ -36,20 +36,21 @@ from tqdm import tqdm
 
 # %% ../nbs/24_ablations.ipynb #a7f459f8
 from .audio import LogMel
-from mmfer.core import (
-    N_SEGMENTS, MmferError, atomic_write, choose, count_parameters, file_errors, require, seed_everything,
-    to_dict)
+from .cache import use_cache
+from .core import (
+    N_SEGMENTS, MmferError, atomic_write, choose, count_parameters, file_errors, inference, require,
+    seed_everything, start_worker, this_machine, to_dict)
 from .corpus import Split
 from .evaluate import (
     BOOTSTRAPPED, percentile_interval, predict, resample_speakers, save_figure, score, speaker_matrices)
 from .features import (
     BASELINES, SYSTEM_KINDS, FeatureConfig, fit_baseline, fold_sets, load_features, train_ensemble)
 from .model import MultimodalFER, preset_config
-from .prepare import _start_worker, corpus_of, open_clips
+from .prepare import corpus_of, open_clips
 from .processor import collate
 from .runs import load_run
 from .trainer import RECIPES, Trainer, with_min_updates
-from .weights import SIGLIP2, lfm2_sizes, load_backbone, load_vision
+from .weights import choose_sources, loadable_parts
 
 # %% ../nbs/24_ablations.ipynb #8048c403
 def _digest(*arrays):
@@ -79,7 +80,7 @@ class _Experiment:
 
 
 class FeatureExperiment(_Experiment):
-    "Systems on a features file. Nobody validates: the config fixes everything before."
+    "Systems on a features file, trained on this machine's accelerator. The config fixes everything before."
     small = True  # one thread per training is best
 
     def __init__(
@@ -98,8 +99,9 @@ class FeatureExperiment(_Experiment):
         "What must be the same in all trainings of a comparison."
         rows = self.features.table[["clip", "speaker", "emotion"]].to_numpy(str)
         data = _digest(self.features.audio, self.features.visual, rows)
+        weights = dict(fusion=str(self.lfm2)) if self.lfm2 else {}
         return dict(kind="features", data=data, emotions=list(self.emotions), config=to_dict(self.config),
-                    lfm2=self.lfm2 and str(self.lfm2))
+                    weights=weights)
 
     def run(
         self,
@@ -111,10 +113,12 @@ class FeatureExperiment(_Experiment):
         train, test = fold_sets(self.features, split)
         if system in BASELINES:
             return fit_baseline(system, train.pooled(), train.label.numpy(), test.pooled())
+        device = this_machine().device
         seed_everything(seed)
-        ensemble = train_ensemble(system, train, self.config, self.lfm2)
-        with torch.inference_mode(): predictions = ensemble(test.audio, test.visual).argmax(1).numpy()
-        return predictions, count_parameters(ensemble)
+        ensemble = train_ensemble(system, train.to(device), self.config, self.lfm2)
+        with inference(ensemble, device, precision="no"):
+            answers = ensemble(test.audio.to(device), test.visual.to(device))
+        return answers.argmax(1).cpu().numpy(), count_parameters(ensemble)
 
 # %% ../nbs/24_ablations.ipynb #7e513643
 @dataclass
@@ -148,8 +152,8 @@ def train_and_test(
 
 # %% ../nbs/24_ablations.ipynb #4425d165
 def _start_quietly(parent):
-    "What a worker does first."
-    _start_worker(parent)
+    "`start_worker`, and no progress bars."
+    start_worker(parent)
     init = tqdm.__init__
     tqdm.__init__ = lambda self, *args, **kwargs: init(self, *args, **kwargs | dict(disable=True))
 
@@ -165,8 +169,9 @@ def _one_by_one(function, jobs, progress):
 
 
 def _in_workers(function, jobs, workers, progress):
-    run = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1, inner_max_num_threads=1,
-                          idle_worker_timeout=60, initializer=_start_quietly, initargs=(os.getpid(),))
+    run = joblib.Parallel(
+        workers, return_as="generator_unordered", batch_size=1, max_nbytes=None, inner_max_num_threads=1,
+        idle_worker_timeout=60, initializer=_start_quietly, initargs=(os.getpid(),))
     resource_tracker.ensure_running()  # starting it later would let Ctrl-C through again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it; Ctrl-C waits a moment
     try: results = run(joblib.delayed(function)(*job) for job in jobs)
@@ -183,7 +188,7 @@ def side_by_side(
     workers: int = None,  # processes; None: one per core, 1: this process alone
     progress: str = "",   # text beside the progress bar; "": no bar
 ):                        # yields what the function returns, as it comes, in any order
-    """Run jobs in processes of one thread each; any number of workers gives the same results bit for bit.
+    """Run jobs in processes of one thread each. On a CPU any number of workers gives the same results.
 
     Raises `MmferError` when a worker dies, and whatever the function raises."""
     require(workers is None or workers > 0, f"{workers} jobs at a time cannot be: ask for 1 or more")
@@ -222,7 +227,9 @@ def _require_same(out, settings):
     before = settings
     with file_errors(path, "choose another folder", ValueError):
         if path.exists(): before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [k for k in settings if before.get(k) != settings[k] and (k, before.get(k)) != ("lfm2", None)]
+    changed = [k for k in settings if before.get(k) != settings[k]]
+    without_lfm2 = {part: source for part, source in settings.get("weights", {}).items() if part != "fusion"}
+    if before.get("weights") == without_lfm2: changed = [k for k in changed if k != "weights"]
     require(not changed, f"{out} holds a comparison with another {', '.join(changed[:1])}: "
                          "give the same settings again, or another folder")
     with file_errors(path, "choose another folder"):
@@ -318,12 +325,12 @@ def plot_systems(
 
 # %% ../nbs/24_ablations.ipynb #678ffc7d
 _NO_WEIGHTS = ("it needs LFM2 weights and none were given: "
-               "pass a folder, or a hub id such as LiquidAI/LFM2-700M")
+               "name a folder, or a hub id such as LiquidAI/LFM2-700M, as the weights of fusion")
 
 
 def plan_systems(
     systems,    # names, or ("all",)
-    lfm2=None,  # LFM2 weights
+    lfm2=None,  # source of LFM2 weights, if there is one
 ) -> tuple:     # names to run, {name: why it is skipped}
     "Which systems run; the baselines always do. Raises `MmferError` for an unknown name."
     known = (*SYSTEM_KINDS, *BASELINES)
@@ -339,8 +346,8 @@ def _open_experiment(data, config, **of_clips):
     require(data.exists(), f"{data} does not exist: {advice}")
     if data.is_dir() or data.suffix.lower() == ".csv": return ClipExperiment(data, **of_clips)
     config = config or FeatureConfig()
-    epochs = of_clips["epochs"] or config.epochs
-    return FeatureExperiment(data, dataclasses.replace(config, epochs=epochs), of_clips["lfm2"])
+    config = dataclasses.replace(config, epochs=of_clips["epochs"] or config.epochs)
+    return FeatureExperiment(data, config, of_clips["sources"].get("fusion"))
 
 
 def _write_report(report, out):
@@ -357,9 +364,8 @@ def compare(
     seeds: int = 1,         # trainings per fold, with the seeds 0, 1, ...
     preset: str = "tiny",   # size of the systems, for clips
     epochs: int = None,     # by default as in the config or recipe
-    lfm2=None,              # hub id or folder of LFM2 weights, for "lfm2_full"
+    weights="pretrained",   # as for `MultimodalFER.from_preset`; {"fusion": source} lets "lfm2_full" run
     faces=None,             # face detector for raw clips, see `prepare`
-    vision_weights=None,    # for clips, see `clip_model`
     config: FeatureConfig = None,  # how to train on a features file
     jobs: int = None,       # trainings at a time, of features and tiny systems on a CPU; None: one per core
     progress: bool = True,  # show a bar
@@ -367,10 +373,11 @@ def compare(
     """Train every system on the same folds; write compare.json, compare.md, compare.png.
 
     Raises `MmferError` when `out` holds another comparison, and for data that cannot be read."""
-    names, skipped = plan_systems(systems, lfm2)
+    sources = choose_sources(preset, "lfm2", weights)
+    names, skipped = plan_systems(systems, sources.get("fusion"))
     for name, why in skipped.items(): logging.getLogger("mmfer").warning(f"{name} is skipped: {why}")
-    experiment = _open_experiment(data, config, work=Path(out), preset=preset, epochs=epochs, lfm2=lfm2,
-                                  faces=faces, vision_weights=vision_weights, progress=progress)
+    experiment = _open_experiment(data, config, work=Path(out), preset=preset, epochs=epochs, sources=sources,
+                                  faces=faces, progress=progress)
     splits = experiment.folds(folds)
     settings = experiment.settings() | dict(folds=[split.test for split in splits])
     _require_same(out, settings)
@@ -405,26 +412,11 @@ def paired_difference(
     whole = of_metric(x.sum(1)).mean() - of_metric(y.sum(1)).mean()
     return float(whole), list(percentile_interval(_resampled(x, metric) - _resampled(y, metric)))
 
-# %% ../nbs/24_ablations.ipynb #de95fb5b
-def clip_model(
-    preset: str,          # "tiny", "lightweight" or "full"
-    emotions: tuple,      # names, as `Corpus.emotions` has them
-    system: str,          # a name of `SYSTEM_KINDS`
-    lfm2=None,            # hub id or folder of LFM2 weights, for "lfm2_full"
-    vision_weights=None,  # hub id or folder, "random", or None: SigLIP2 where the tower is frozen
-) -> MultimodalFER:
-    """A preset as one of the systems; "lfm2_full" puts the frozen first six layers of a trained LFM2 into it.
-
-    Raises `MmferError` for weights that do not fit."""
-    config = preset_config(preset, emotions, choose("system", system, SYSTEM_KINDS))
-    if system == "lfm2_full":
-        config.fusion = dataclasses.replace(config.fusion, layers=6, causal=True, **lfm2_sizes(lfm2))
-    model = MultimodalFER(config)
-    if system == "lfm2_full": load_backbone(model.fusion, lfm2, freeze=True)
-    if model.visual is None: return model
-    if vision_weights is None and config.visual.freeze: vision_weights = SIGLIP2
-    if vision_weights not in (None, "random"): load_vision(model.visual, vision_weights)
-    return model
+# %% ../nbs/24_ablations.ipynb #81501309
+def _sources_of(system, sources):
+    "From what the parts of a system start, `{part: source}`."
+    mine = {part: sources.get(part, "none") for part in loadable_parts(SYSTEM_KINDS[system])}
+    return mine | dict(fusion="none") if system == "lfm2_lightweight" else mine
 
 # %% ../nbs/24_ablations.ipynb #e5396d4c
 def _clip_statistics(item):
@@ -443,8 +435,7 @@ def _clip_baseline(name, split, table, statistics):
 # %% ../nbs/24_ablations.ipynb #a51f6863
 def _clip_recipe(preset, epochs, clips, seed):
     "The recipe of a preset, adapted to the number of training clips and to this machine."
-    recipe = dataclasses.replace(RECIPES[preset], seed=seed)
-    if not torch.cuda.is_available(): recipe = dataclasses.replace(recipe, precision="no")
+    recipe = dataclasses.replace(RECIPES[preset], seed=seed, precision=this_machine().precision)
     if epochs: return dataclasses.replace(recipe, epochs=epochs)
     return with_min_updates(recipe, clips)
 
@@ -453,8 +444,7 @@ def _best_epoch(model, recipe, sets, cache):
     "The model of the epoch that was best on the validation speakers."
     with tempfile.TemporaryDirectory() as folder:
         Trainer(model, recipe, sets["train"], sets["val"], folder, cache=cache).fit()
-        best, _, _ = load_run(folder)
-    return best.to("cuda" if torch.cuda.is_available() else "cpu")
+        return load_run(folder)[0]
 
 # %% ../nbs/24_ablations.ipynb #db7622bd
 class ClipExperiment(_Experiment):
@@ -466,9 +456,8 @@ class ClipExperiment(_Experiment):
         work,                   # folder for prepared clips and kept tokens
         preset: str = "tiny",   # "tiny", "lightweight" or "full"
         epochs: int = None,     # by default as in the preset's recipe, or what `with_min_updates` makes of it
-        lfm2=None,              # hub id or folder of LFM2 weights, for "lfm2_full"
+        sources: dict = None,   # as `choose_sources` gives it; None: all parts start from random numbers
         faces=None,             # face detector for raw clips, see `prepare`
-        vision_weights=None,    # see `clip_model`
         progress: bool = True,  # show a bar while clips are prepared
     ):
         self.emotions = corpus_of(data).emotions
@@ -478,8 +467,8 @@ class ClipExperiment(_Experiment):
         self.cache = Path(work) / "cache"
         self.preset = preset
         self.epochs = epochs
-        self.weights = dict(lfm2=lfm2 and str(lfm2), vision_weights=vision_weights and str(vision_weights))
-        self.small = preset == "tiny" and not torch.cuda.is_available()
+        self.sources = {part: str(source) for part, source in (sources or {}).items()}
+        self.small = preset == "tiny" and this_machine().device == "cpu"
         self.statistics = np.stack([_clip_statistics(item) for item in self.clips])
 
     def settings(self) -> dict:
@@ -487,7 +476,7 @@ class ClipExperiment(_Experiment):
         rows = self.corpus.table[["clip", "speaker", "emotion"]].to_numpy(str)
         sizes = np.array([Path(path).stat().st_size for path in self.corpus.table.path])
         return dict(kind="clips", data=_digest(rows, sizes), emotions=list(self.emotions), preset=self.preset,
-                    config=to_dict(RECIPES[self.preset]), epochs=self.epochs, **self.weights)
+                    config=to_dict(RECIPES[self.preset]), epochs=self.epochs, weights=self.sources)
 
     def run(
         self,
@@ -500,7 +489,10 @@ class ClipExperiment(_Experiment):
         sets = {part: self.clips.select(corpus) for part, corpus in self.corpus.parts(split).items()}
         recipe = _clip_recipe(self.preset, self.epochs, len(sets["train"]), seed)
         seed_everything(seed)
-        model = clip_model(self.preset, self.emotions, system, **self.weights)
-        best = _best_epoch(model, recipe, sets, self.cache)
-        loader = DataLoader(sets["test"], recipe.batch_size, collate_fn=collate)
+        weights = _sources_of(system, self.sources)
+        model = MultimodalFER.from_preset(self.preset, self.emotions, SYSTEM_KINDS[system], weights)
+        best = _best_epoch(model, recipe, sets, self.cache).to(this_machine().device)
+        tests = sets["test"]
+        if best.visual is not None: tests = use_cache(best.visual, tests, self.cache, progress=False)
+        loader = DataLoader(tests, recipe.batch_size, collate_fn=collate)
         return predict(best, loader, progress=False).prediction.to_numpy(), count_parameters(best)

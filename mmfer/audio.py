@@ -13,7 +13,8 @@ import torch
 import torchaudio.functional as AF
 from torch import nn
 from torchaudio.transforms import SpecAugment, Spectrogram
-from transformers import ParakeetEncoder, ParakeetEncoderConfig, ParakeetFeatureExtractor
+from transformers import ParakeetEncoder, ParakeetEncoderConfig
+from transformers.audio_utils import mel_filter_bank
 
 from .core import (
     N_SEGMENTS, BranchOutput, Count, HubModule, NotNegative, Share, choose, config, from_dict,
@@ -31,7 +32,8 @@ def _tables(device):
     with torch.inference_mode(False):  # the cached tables must serve training, too
         spectrogram = Spectrogram(512, win_length=400, hop_length=_HOP, pad_mode="constant",
                                   window_fn=torch.hann_window, wkwargs={"periodic": False})
-        return spectrogram.to(device), ParakeetFeatureExtractor().mel_filters.to(device)
+        filters = mel_filter_bank(257, 80, 0, 8000, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+        return spectrogram.to(device), torch.tensor(filters.T, dtype=torch.float32, device=device)
 
 # %% ../nbs/06_audio.ipynb #dc0835b8
 def _normalise_mel(

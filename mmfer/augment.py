@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .core import Amount, Share, config, lengths_to_mask, require
+from .core import Amount, Share, choose, config, lengths_to_mask, require
 
 # %% ../nbs/13_augment.ipynb #b29e8c4c
 def time_stretch(
@@ -119,12 +119,21 @@ def seeded(
         yield
 
 # %% ../nbs/13_augment.ipynb #ad7ce277
+_MODALITIES = ("audio", "video")
+
+
 def augment_clip(
-    item: dict,  # of a dataset: may have audio `[n]`, video uint8 `[T, 3, H, W]`, roi_mask `[T, N]`
+    item: dict,        # of a dataset: may have audio `[n]`, video uint8 `[T, 3, H, W]`, roi_mask `[T, N]`
+    modalities: list,  # which to change: "audio", "video", both or none
 ) -> dict:
-    "Change the sound of a clip by `AudioAugment`, its pictures and mask by `VideoAugment`."
+    """Change the sound of a clip by `AudioAugment`, its pictures and mask by `VideoAugment`.
+
+    Raises `MmferError` for pictures that are to change and come as cached tokens."""
     item = dict(item)
-    if "audio" in item: item["audio"] = AudioAugment()(item["audio"])
+    if "audio" in modalities and "audio" in item: item["audio"] = AudioAugment()(item["audio"])
+    if "video" not in modalities: return item
+    require("video_tokens" not in item, f"{item['clip']} comes as cached tokens, which cannot be augmented: "
+                                        "augment the sound alone, or train without a cache")
     if "video" not in item: return item
     video, mask = VideoAugment()(item["video"], item.get("roi_mask"))
     return item | dict(video=video) | ({} if mask is None else dict(roi_mask=mask))
@@ -136,11 +145,11 @@ class AugmentedClips(Dataset):
     def __init__(
         self,
         dataset,        # as `ClipDataset`
-        augment: bool,  # whether to change the clips
+        augment: list,  # which modalities to change: "audio", "video", both or none
         seed: int,      # of the run
     ):
         self.dataset = dataset
-        self.augment = augment
+        self.augment = [choose("modality", name, _MODALITIES) for name in augment]
         self.seed = seed
 
     def __len__(self): return len(self.dataset)
@@ -149,7 +158,7 @@ class AugmentedClips(Dataset):
         index, epoch = place
         item = self.dataset[index]
         if not self.augment: return item
-        with seeded(clip_seed(self.seed, epoch, index)): return augment_clip(item)
+        with seeded(clip_seed(self.seed, epoch, index)): return augment_clip(item, self.augment)
 
 # %% ../nbs/13_augment.ipynb #bdf47029
 def soften(
@@ -191,41 +200,34 @@ def _sharing_partner(batch, partner):
     shared = torch.stack([present & present[partner] for present in have]).any(0)
     return torch.where(shared.cpu(), partner, torch.arange(len(partner)))  # as the draw, on the CPU
 
-# %% ../nbs/13_augment.ipynb #d0a59345
-def _both(lengths, partner):
-    "A modality that either clip lacks is missing from the mixture."
-    return lengths * (lengths[partner] > 0)
-
-
-def _mix_sound(batch, partner, share):
-    "Blend the sound, each clip within its own length."
-    if batch["audio"] is None: return {}
-    audio = batch["audio"] * lengths_to_mask(batch["audio_lengths"], batch["audio"].shape[1])
-    lengths = _both(batch["audio_lengths"], partner)
-    return dict(audio=blend(audio, audio[partner], share), audio_lengths=lengths)
-
-# %% ../nbs/13_augment.ipynb #d13eb8d9
-def _join_masks(batch, partner):
-    "A blended picture shows two faces: its mask marks the patches of either."
-    mask = batch.get("roi_mask")
-    return {} if mask is None else dict(roi_mask=mask | mask[partner])
+# %% ../nbs/13_augment.ipynb #13f8c1f9
+def _blend_part(batch, key, partner, share):
+    "Blend sound, pictures, tokens or mask, each clip within its own length; what either lacks is missing."
+    x = batch.get(key)
+    if x is None: return {}
+    length = "audio_lengths" if key == "audio" else "video_lengths"
+    real = lengths_to_mask(batch[length], x.shape[1])
+    x = x * real.view(*real.shape, *[1] * (x.ndim - 2))
+    if key == "roi_mask": x = x.float()
+    both = batch[length][partner] > 0
+    return {key: blend(x, x[partner], share), length: batch[length] * both}
 
 # %% ../nbs/13_augment.ipynb #6efee5ff
 def mixup(
-    batch: dict,            # as `collate` makes it, with equally many pictures per clip, or with their tokens
+    batch: dict,            # as `collate` makes it, with pictures or with their tokens
     labels: torch.Tensor,   # `[B]` whole numbers, or `[B, K]` soft
     n_classes: int,         # number of classes K
     alpha: float = 0.2,     # see `draw_mix`
     generator=None,         # a `torch.Generator`; None: the global one
-) -> tuple:                 # new batch, soft labels `[B, K]`
-    "Blend each clip with another: sound, pictures or tokens, and label in one share (Zhang et al. 2018)."
+) -> tuple:                 # new batch, its masks in shares; soft labels `[B, K]`
+    """Blend each clip with another: sound, pictures, mask and label in one share (Zhang et al. 2018).
+
+    Tokens in place of pictures are blended likewise (manifold mixup, Verma et al. 2019)."""
     share, partner = draw_mix(len(labels), alpha, generator)
     partner = _sharing_partner(batch, partner)
-    mixed = batch | _mix_sound(batch, partner, share) | _join_masks(batch, partner)
-    for key in ("video", "video_tokens"):
-        if batch.get(key) is None: continue
-        mixed[key] = blend(batch[key], batch[key][partner], share)
-        mixed["video_lengths"] = _both(batch["video_lengths"], partner)
+    mixed = dict(batch)
+    for key in ("audio", "video", "video_tokens", "roi_mask"):
+        mixed |= _blend_part(batch, key, partner, share)
     soft = soften(labels, n_classes)
     return mixed, blend(soft, soft[partner], share)
 
@@ -260,7 +262,7 @@ def _cut_masks(batch, partner, box):
 
 # %% ../nbs/13_augment.ipynb #f0c60949
 def cutmix(
-    batch: dict,            # as `collate` makes it, with equally many pictures per clip
+    batch: dict,            # as `collate` makes it
     labels: torch.Tensor,   # `[B]` whole numbers, or `[B, K]` soft
     n_classes: int,         # number of classes K
     alpha: float = 1.0,     # see `draw_mix`
@@ -276,9 +278,9 @@ def cutmix(
     height, width = video.shape[-2:]
     box = _random_box(height, width, shares[0].item(), generator)  # one box for the batch, as in the paper
     share = 1 - (box[1] - box[0]) * (box[3] - box[2]) / (height * width)
-    mixed = batch | _mix_sound(batch, partner, share) | _cut_masks(batch, partner, box)
+    mixed = batch | _blend_part(batch, "audio", partner, share) | _cut_masks(batch, partner, box)
     mixed["video"] = _paste(video, video[partner], box)
-    mixed["video_lengths"] = _both(batch["video_lengths"], partner)
+    mixed["video_lengths"] = batch["video_lengths"] * (batch["video_lengths"][partner] > 0)
     soft = soften(labels, n_classes)
     return mixed, blend(soft, soft[partner], share)
 

@@ -62,7 +62,14 @@ class TemporalPool(nn.Module):
         return scores.masked_fill(~mask, float("-inf")).softmax(1)
 
 # %% ../nbs/09_classifier.ipynb #047bdcc2
-NORMS = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+class _BatchNorm(nn.BatchNorm1d):
+    "Batch norm; a batch of one clip has no spread, so it is normalised by the running averages."
+    def forward(self, x):
+        if len(x) > 1: return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+NORMS = {"layer": nn.LayerNorm, "batch": _BatchNorm}
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 # %% ../nbs/09_classifier.ipynb #68f0a081

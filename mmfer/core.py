@@ -6,7 +6,7 @@
 __all__ = ['N_SEGMENTS', 'PALETTE', 'Count', 'NotNegative', 'Amount', 'Share', 'emotion_colours', 'MmferError', 'require',
            'choose', 'first_line', 'file_errors', 'check_shape', 'lengths_to_mask', 'segment_mask', 'BranchOutput',
            'config', 'to_dict', 'from_dict', 'diff_config', 'seed_everything', 'Tier', 'pick_tier', 'this_machine',
-           'atomic_write', 'HubModule', 'count_parameters']
+           'inference', 'start_worker', 'atomic_write', 'require_space', 'HubModule', 'count_parameters']
 
 # %% ../nbs/00_core.ipynb #21eb12aa
 import contextlib
@@ -16,7 +16,11 @@ import io
 import json
 import os
 import random
+import shutil
+import signal
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -213,29 +217,68 @@ def seed_everything(
 @dataclass
 class Tier:
     "What fits a machine."
-    device: str      # "cpu", "cuda" or "mps"
-    memory_gb: float # memory of the device; 0 for a CPU, where it is not the limit
-    preset: str      # "tiny", "lightweight" or "full"
-    batch_size: int  # clips per batch
+    device: str       # "cpu" or "cuda"
+    memory_gb: float  # memory of the device; 0 for a CPU, where it is not the limit
+    precision: str    # "no", "fp16" or "bf16": the fastest number format that the device has units for
+    preset: str       # "tiny", "lightweight" or "full"
+    batch_size: int   # clips per batch
     accumulation: int # batches per weight update
 
 # %% ../nbs/00_core.ipynb #c7cb4c5a
 def pick_tier(
-    device: str,       # "cpu", "cuda" or "mps"
-    memory_gb: float,  # memory of that device, GB
+    device: str,           # "cpu" or "cuda"
+    memory_gb: float = 0,  # memory of that device, GB
+    capability: int = 0,   # major number of its CUDA compute capability: 7 for a T4, 8 for an A100
 ) -> Tier:
-    "The preset and batch size that a device of this memory can train."
-    if device == "cpu": return Tier(device, memory_gb, "tiny", 16, 1)
-    if memory_gb >= 38: return Tier(device, memory_gb, "full", 8, 2)
-    if memory_gb >= 10: return Tier(device, memory_gb, "lightweight", 4, 4)
-    return Tier(device, memory_gb, "tiny", 16, 1)
+    "The preset, the batch size and the precision that a device can train."
+    precision = "bf16" if capability >= 8 else "fp16" if capability == 7 else "no"
+    here = (device, memory_gb, precision)
+    if memory_gb >= 38: return Tier(*here, "full", 8, 2)
+    if memory_gb >= 10: return Tier(*here, "lightweight", 4, 4)
+    return Tier(*here, "tiny", 16, 1)
 
 # %% ../nbs/00_core.ipynb #e47ede95
 def this_machine() -> Tier:
-    "The tier of the machine that runs this."
-    if torch.cuda.is_available():
-        return pick_tier("cuda", torch.cuda.get_device_properties(0).total_memory / 2**30)
-    return pick_tier("cpu", 0.0)
+    "The tier of the machine that runs this: of its CUDA device, or of its CPU."
+    if not torch.cuda.is_available(): return pick_tier("cpu")
+    device = torch.cuda.get_device_properties()
+    return pick_tier("cuda", device.total_memory / 2**30, device.major)
+
+# %% ../nbs/00_core.ipynb #7dd1a7de
+_FORMATS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def inference(
+    model: nn.Module,  # is moved, and put into evaluation mode, while the block runs
+    device=None,       # where it answers; None: this machine's accelerator, if it has one
+    precision=None,    # "no", "fp16" or "bf16"; None: what that device is good at
+):                     # yields the device, to which the inputs must go
+    "Ask a model for answers; afterwards it is as it was, where it was."
+    machine = this_machine()
+    device = torch.device(device or machine.device)
+    if precision is None: precision = machine.precision if device.type == machine.device else "no"
+    dtype = choose("precision", precision, _FORMATS)
+    home = next(model.parameters()).device
+    was_training = model.training
+    model.eval().to(device)  # outside of inference mode: weights moved inside it could never be trained again
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    try:
+        with torch.inference_mode(), autocast: yield device
+    finally: model.to(home).train(was_training)
+
+# %% ../nbs/00_core.ipynb #ead6fac2
+def start_worker(
+    parent: int,  # process that waits for the results, from `os.getpid()`
+):
+    "Begin a worker process: one thread; Ctrl-C is for the parent; when the parent is gone, so is the worker."
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow():
+        while os.getppid() == parent: time.sleep(0.2)
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 # %% ../nbs/00_core.ipynb #675785e6
 @contextlib.contextmanager
@@ -254,11 +297,23 @@ def atomic_write(
     finally:
         Path(tmp).unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #d9ba6934
+def require_space(
+    folder,     # where something is to be written; it need not exist yet
+    need: int,  # bytes
+    what: str,  # what needs them, for the message: "the patch tokens"
+):
+    "Raise `MmferError` when a disk has fewer bytes free than are needed."
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    require(need <= free,
+            f"{what} need {need / 1e9:.3g} GB in {folder}, and the disk has {free / 1e9:.3g} GB free: "
+            "make room, or choose another folder")
+
 # %% ../nbs/00_core.ipynb #672ce05a
 class HubModule(nn.Module, PyTorchModelHubMixin):
     "A module with `save_pretrained`, `push_to_hub`, and a `from_pretrained` that refuses what does not fit."
-    weights_from = "random"  # where the weights came from
-
     @classmethod
     def from_pretrained(
         cls,
@@ -269,13 +324,10 @@ class HubModule(nn.Module, PyTorchModelHubMixin):
         if Path(source).exists(): _require_files(Path(source))
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
-                model = super().from_pretrained(source, strict=True, **kwargs)
+                return super().from_pretrained(source, strict=True, **kwargs)
         except RuntimeError as e:
             raise MmferError(f"the weights in {source} do not fit {cls.__name__}: "
                              f"{' '.join(str(e).split())}") from e
-        for part in model.modules():
-            if hasattr(part, "weights_from"): part.weights_from = str(source)
-        return model
 
 # %% ../nbs/00_core.ipynb #678d83e0
 def _require_files(folder):

@@ -7,16 +7,20 @@ __all__ = ['RAVDESS_DOI', 'LICENCE', 'archive_name', 'parse_actors', 'resume_dow
            'download']
 
 # %% ../nbs/21_download.ipynb #c559177f
+import io
 import json
+import logging
 import os
 import re
 import shutil
 import stat
 import struct
+import threading
 import time
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,13 +37,18 @@ from urllib3.util import Retry
 # %% ../nbs/21_download.ipynb #01fac694
 from .core import MmferError, atomic_write, file_errors, require
 from .corpus import RAVDESS_EMOTIONS, RAVDESS_SPEAKERS, Corpus, parse_name
-from .prepare import PrepareConfig, bad_clips, prepare, prepared_corpus
+from .prepare import PrepareConfig, _download_note, bad_clips, prepare, prepared_corpus
 
 # %% ../nbs/21_download.ipynb #9ffa02e6
 RAVDESS_DOI = "doi:10.5281/zenodo.1188976"
 LICENCE = ("RAVDESS, Livingstone and Russo 2018, https://doi.org/10.5281/zenodo.1188976, is under "
            "CC BY-NC-SA 4.0: name its authors, use it for no commercial purpose, and what you make of it, "
            "share only under the same terms.")
+_SERVER = "MMFER_RAVDESS_URL"  # environment variable: a folder on a server that holds the archives
+
+
+def _other_ways(folder):
+    return f"name another server in {_SERVER}, or fetch the archive by hand into {folder}"
 
 # %% ../nbs/21_download.ipynb #10bf9077
 def archive_name(
@@ -70,10 +79,10 @@ def _require_part(answer, url, part):
     "Raises `MmferError` when a server sends another part of the file than the one after what lies in `part`."
     wanted = answer.headers.get("Content-Range", "").startswith(f"bytes {_size(part)}-")
     require(wanted, f"{url} sends another part than was asked for: delete {part} and start again, "
-                    "or use another mirror")
+                    f"{_other_ways(part.parent)}")
 
 
-def _stream(session, url, part, check, bar):
+def _stream(session, url, part, check, bar, stop):
     "One request for what `part` still lacks."
     have = _size(part)
     headers = {"Range": f"bytes={have}-"} if have else {}
@@ -86,7 +95,9 @@ def _stream(session, url, part, check, bar):
         bar.update(have - bar.n)
         check(bar.total)
         with open(part, "ab" if have else "wb") as f:
-            for chunk in answer.iter_content(2**12): bar.update(f.write(chunk))  # a broken piece is lost
+            for chunk in answer.iter_content(2**12):  # a broken piece is lost
+                if stop.is_set(): raise CancelledError
+                bar.update(f.write(chunk))
 
 # %% ../nbs/21_download.ipynb #8cf98089
 _TRIES = 5    # requests in a row that bring nothing, before a download gives up
@@ -109,42 +120,36 @@ def resume_download(
     part,                         # where to write; what lies there already is continued
     check=lambda n_bytes: None,   # is told the size of the whole file before anything is written
     progress: bool = True,        # show a bar
+    stop: threading.Event | None = None,  # once it is set, the fetch ends with a `CancelledError`
 ):
     """Fetch a file, going on where an earlier try broke off (HTTP range requests, RFC 9110).
 
     Raises `MmferError` when the server refuses, or when `_TRIES` requests in a row brought nothing."""
     part = Path(part)
+    stop = stop or threading.Event()
     failures = 0
-    with _session() as session, tqdm(desc=part.stem, unit="B", unit_scale=True, disable=not progress) as bar:
+    name = part.stem.lstrip(".")
+    with _session() as session, tqdm(desc=name, unit="B", unit_scale=True, disable=not progress) as bar:
         while True:
             before = _size(part)
-            try: return _stream(session, url, part, check, bar)
+            try: return _stream(session, url, part, check, bar, stop)
             except requests.HTTPError as e:
                 raise MmferError(f"{url} answers {e.response.status_code} {e.response.reason}: "
-                                 "try again later, or from another mirror") from e
+                                 f"try again later, {_other_ways(part.parent)}") from e
             except requests.RequestException as e:
                 failures = 0 if _size(part) > before else failures + 1
                 if failures == _TRIES:
                     raise MmferError(f"{url} can't be fetched ({type(e).__name__}): check the connection and "
-                                     f"run the same again, it goes on at byte {_size(part)}") from e
-                time.sleep(_PAUSE * failures)
+                                     f"run the same again, it goes on at byte {_size(part)}; or "
+                                     f"{_other_ways(part.parent)}") from e
+                if stop.wait(_PAUSE * failures): raise CancelledError from e
 
 # %% ../nbs/21_download.ipynb #bf490a58
-def open_source(
-    folder,                       # where the archives will be put
-    base_url: str = RAVDESS_DOI,  # "doi:..." or the address of a mirror
-    registry=None,                # for a mirror: text file of names and checksums, as pooch reads it
-) -> pooch.Pooch:
-    "The list of files and checksums. Raises `MmferError` when it can't be had."
-    source = pooch.create(folder, base_url, registry={})
-    require(base_url.startswith("doi:") or registry is not None,
-            f"{base_url} is no DOI, so its checksums are unknown: pass a registry, a text file with lines of "
-            "name and checksum")
-    files = f"the list of files at {registry or base_url}"
-    advice = "check the name and the connection, and try again"
-    with file_errors(files, advice, ValueError, KeyError):  # the last two come from an odd answer
-        if registry is not None: source.load_registry(registry)
-        else: _ask_doi(source, base_url.removeprefix("doi:"))
+def _without_checksums(source, why):
+    "Trust the names of RAVDESS's archives, and say so."
+    logging.getLogger("mmfer").warning(f"{why}: archives are checked for damage, by the CRC-32 inside them, "
+                                       "but nothing proves that they are RAVDESS's")
+    source.registry = dict.fromkeys(map(archive_name, RAVDESS_SPEAKERS))
     return source
 
 
@@ -153,6 +158,34 @@ def _ask_doi(source, doi):
     repository = doi_to_repository(doi, headers=_WHO, timeout=30)
     repository.populate_registry(source)
     source.urls = {name: repository.download_url(name) for name in source.registry}
+
+
+def _ask_server(source):
+    "Fill names and checksums from the `registry.txt` of a server, if it has one."
+    with _session() as session: answer = session.get(f"{source.base_url}registry.txt", timeout=30)
+    if answer.status_code in (403, 404): return _without_checksums(source, f"{answer.url} is not there")
+    answer.raise_for_status()
+    source.load_registry(io.BytesIO(answer.content))
+
+
+def open_source(
+    folder,          # where the archives will be put; also those that were fetched by hand
+) -> pooch.Pooch:
+    """The list of RAVDESS's archives and their checksums: Zenodo's, or that of another server.
+
+    The environment variable `MMFER_RAVDESS_URL` names such a server; it may have a `registry.txt`, with a
+    name and a checksum per line. Raises `MmferError` when the list can't be had."""
+    address = os.environ.get(_SERVER) or RAVDESS_DOI
+    source = pooch.create(folder, address, registry={})
+    files = f"the list of files at {address}"
+    advice = f"check the connection, {_other_ways(folder)}"
+    with file_errors(files, advice, ValueError, KeyError):  # the last two come from an odd answer
+        try:
+            if address.startswith("doi:"): _ask_doi(source, address.removeprefix("doi:"))
+            else: _ask_server(source)
+        except (requests.ConnectionError, requests.Timeout) as e:  # which say too much for a sentence
+            raise MmferError(f"{files} can't be fetched ({type(e).__name__}): {advice}") from e
+    return source
 
 # %% ../nbs/21_download.ipynb #57ef2ffe
 def _require_room(folder, n_bytes, name):
@@ -176,19 +209,26 @@ def fetch(
     name: str,               # which file
     copies: int = 1,         # how many such files' contents the disk must hold beside it
     progress: bool = True,   # show a bar
-) -> Path:                   # the file, its checksum proven
-    """One file of a source, fetched unless it is there, continued when it broke off, its checksum compared.
+    stop: threading.Event | None = None,  # once it is set, the fetch ends with a `CancelledError`
+) -> Path:                   # the file, its checksum proven; a dot before its name says that it was fetched
+    """One file of a source: the one that was put there by hand, or fetched, continued when it broke off.
 
     Raises `MmferError` for an unknown file, no room, no connection, or a wrong checksum."""
     base = source.base_url.rstrip("/")
     require(name in source.registry, f"{name} is not in the list of {base}: choose another file or source")
-    path = source.abspath / name
-    part = source.abspath / f"{name}.part"
-    if path.exists() and hash_matches(path, source.registry[name]): return path
+    wanted = source.registry[name]
+    by_hand = source.abspath / name
+    if by_hand.exists():
+        right = hash_matches(by_hand, wanted)
+        require(right, f"{by_hand} has a wrong checksum: fetch it again, or move it away, then it is fetched")
+        return by_hand
+    path = source.abspath / f".{name}"
+    part = source.abspath / f".{name}.part"
+    if path.exists() and hash_matches(path, wanted): return path
     path.parent.mkdir(parents=True, exist_ok=True)
     def check(n_bytes): _require_room(path.parent, n_bytes * (1 + copies) - _size(part), name)
-    resume_download(source.get_url(name), part, check, progress)
-    _require_checksum(part, source.registry[name], name)
+    resume_download(source.get_url(name), part, check, progress, stop)
+    _require_checksum(part, wanted, name)
     os.replace(part, path)
     return path
 
@@ -217,9 +257,9 @@ def _why_refused(info):
     "What is wrong with a member of an archive; None when nothing is."
     for name in (info.orig_filename, info.filename):  # the second is what Python makes of the first
         if why := _why_refused_name(name): return why
-    kind = stat.S_IFMT(info.external_attr >> 16)
+    kind = stat.S_IFMT(info.external_attr >> 16)  # as Unix says it; 0 where another system packed
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR): return "is a link or a device, not a file"
-    if info.flag_bits & 0x41: return "is encrypted"
+    if info.flag_bits & 0x41: return "is encrypted"  # in the old way or in the new one
     usual = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     return None if usual else "is packed in an unusual way"
 
@@ -292,51 +332,63 @@ def unpack(
     return folder
 
 # %% ../nbs/21_download.ipynb #97028ef3
-def _prepared_actors(prepared):
-    "{actor: names of the clips that came} of a prepared set. Raises `MmferError` when the list is damaged."
-    path = Path(prepared) / "downloaded.json"
-    if not path.exists(): return {}
-    advice = "delete it, prepared clips will not be prepared again"
-    with file_errors(path, advice, ValueError, KeyError, TypeError, AttributeError):
-        return {actor: list(clips) for actor, clips in json.loads(path.read_text())["actors"].items()}
+def _write_note(target, **news):
+    "Write down in the folder that is filled who was asked for, or who has come."
+    note = _download_note(target) | news
+    with atomic_write(Path(target) / "downloaded.json") as f: json.dump(note, f)
 
 
 def _is_done(folder, actor, prepared):
     "Kept clips are whole when their folder has any; prepared ones must all be in the set or known to be bad."
     if prepared is None: return any((folder / f"Actor_{actor}").glob("*.mp4"))
-    came = _prepared_actors(prepared).get(actor, [])
+    came = _download_note(prepared)["actors"].get(actor, [])
     there = {p.stem for p in Path(prepared).glob("clips/*.npz")} | set(bad_clips(prepared)["clip"])
     return bool(came) and there.issuperset(came)
 
 # %% ../nbs/21_download.ipynb #062ca0d4
-def _unpack_or_drop(archive, folder):
-    "Unpack; an archive that is refused is not kept."
-    try: return unpack(archive, folder)
+def _unpack_and_drop(archive, clips):
+    "Unpack; the archive is not needed after that, nor when it is refused. One put there by hand stays."
+    ours = archive.name.startswith(".")
+    try: unpack(archive, clips)
     except MmferError:
-        archive.unlink()
+        if ours: archive.unlink()
         raise
+    if ours: archive.unlink()
 
 
-def _prepare_actor(archive, actor, prepared, **how):
-    "Unpack for a moment, prepare, write down that it is done."
-    clips = archive.with_name(f".Actor_{actor}")
-    shutil.rmtree(clips, ignore_errors=True)  # of a run that was killed
-    try:
-        prepare(_unpack_or_drop(archive, clips), prepared, **how)
-        came = Corpus.from_folder(clips).table["clip"].tolist()
-    finally: shutil.rmtree(clips, ignore_errors=True)
-    done = _prepared_actors(prepared) | {actor: came}
-    with atomic_write(Path(prepared) / "downloaded.json") as f: json.dump({"actors": done}, f)
+def _clear(folder, actor):
+    "Delete what passed through the folder for an actor who is done."
+    shutil.rmtree(folder / f".Actor_{actor}", ignore_errors=True)
+    (folder / f".{archive_name(actor)}").unlink(missing_ok=True)
 
 
+def _prepare_actor(folder, actor, prepared, **how):
+    "Prepare the clips that were unpacked for a moment, and write down that it is done."
+    clips = folder / f".Actor_{actor}"
+    prepare(clips, prepared, **how)
+    came = Corpus.from_folder(clips).table["clip"].tolist()
+    _write_note(prepared, actors=_download_note(prepared)["actors"] | {actor: came})
+    _clear(folder, actor)
+
+# %% ../nbs/21_download.ipynb #449a966d
 def _bring(source, folder, actors, prepared, progress, how):
-    "Fetch actor after actor; no archive stays."
-    for i, actor in enumerate(actors):
-        copies = len(actors) - i if prepared is None else 1
-        archive = fetch(source, archive_name(actor), copies, progress)
-        if prepared is None: _unpack_or_drop(archive, folder / f"Actor_{actor}")
-        else: _prepare_actor(archive, actor, prepared, progress=progress, **how)
-        archive.unlink()
+    "Actor by actor. While one is prepared, the archive of the next one is fetched, and no further one."
+    stop = threading.Event()
+    hidden = "" if prepared is None else "."
+
+    def get(i):
+        if (folder / f".Actor_{actors[i]}").exists(): return None  # unpacked by a run that was killed
+        copies = len(actors) - i if prepared is None else int(i == 0)  # later clips take the place of these
+        return fetch(source, archive_name(actors[i]), copies, progress, stop)
+    with ThreadPoolExecutor(1) as line:
+        try:
+            coming = line.submit(get, 0)
+            for i, actor in enumerate(actors):
+                archive = coming.result()
+                if archive: _unpack_and_drop(archive, folder / f"{hidden}Actor_{actor}")
+                if i + 1 < len(actors): coming = line.submit(get, i + 1)
+                if prepared is not None: _prepare_actor(folder, actor, prepared, progress=progress, **how)
+        finally: stop.set()
 
 # %% ../nbs/21_download.ipynb #d611f6eb
 @contextmanager
@@ -353,19 +405,22 @@ def _claim(folder):
         try: yield
         finally: lock.release()
 
-
-@contextmanager
-def _passing(archives):
-    "A folder of our own that archives pass through; it stays only while one is in it."
-    archives.mkdir(exist_ok=True)
-    try: yield archives
-    finally:
-        if not any(archives.iterdir()): archives.rmdir()
+# %% ../nbs/21_download.ipynb #2cd329df
+def _open_source_or_archives(folder, actors):
+    "The source. When it can't be reached, and all the archives were put there by hand, they will do alone."
+    try: return open_source(folder)
+    except MmferError as e:
+        there = all((folder / archive_name(actor)).exists() for actor in actors)
+        if not there: raise
+        why = f"no list of checksums can be had ({type(e.__cause__).__name__})"
+        return _without_checksums(pooch.create(folder, "by hand"), why)
 
 # %% ../nbs/21_download.ipynb #5db3232c
-def _state_licence(folder):
+def _begin(target, actors):
+    "State the licence, and write down who is asked for."
     print(LICENCE)
-    with atomic_write(folder / "LICENCE.txt") as f: f.write(LICENCE + "\n")
+    with atomic_write(target / "LICENCE.txt") as f: f.write(LICENCE + "\n")
+    _write_note(target, asked=list(actors))
 
 
 def _require_same(prepared, how):
@@ -375,28 +430,27 @@ def _require_same(prepared, how):
 
 
 def download(
-    folder,                       # where archives pass through, and where clips stay that are not prepared
+    folder,                       # archives pass through it, or lie there; unprepared clips stay in it
     actors=RAVDESS_SPEAKERS,      # which of RAVDESS's 24 actors, "01" to "24"
     prepare_to=None,              # a prepared set to fill, actor by actor; None: keep the clips as they are
-    base_url: str = RAVDESS_DOI,  # or the address of a mirror
-    registry=None,                # for a mirror: text file of names and checksums, as pooch reads it
     progress: bool = True,        # show bars
     **how,                        # as for `prepare`: n_frames, crop_size, faces, workers
 ) -> pd.DataFrame:                # clips that could not be prepared: clip, path, reason
     """Bring RAVDESS's speech clips (Livingstone and Russo 2018) home, actor by actor, unless they are there.
 
-    A call that broke off goes on with the same call. Archives pass through a hidden folder `.archives`; yours
-    are neither used nor deleted. Raises `MmferError` as `fetch`, `unpack` and `prepare` do, and for other
-    settings than the set has."""
+    They come from Zenodo, or from the server that the environment variable `MMFER_RAVDESS_URL` names, see
+    `open_source`. Archives that you have fetched by hand into `folder` are used when their checksum is right,
+    and stay. A call that broke off goes on with the same call. Raises `MmferError` as `fetch`, `unpack` and
+    `prepare` do, and for other settings than the set has."""
     folder = Path(folder)
+    target = Path(prepare_to or folder)
     if prepare_to is not None: _require_same(prepare_to, how)
-    with _claim(folder), _passing(folder / ".archives") as archives:
+    with _claim(folder):
         todo = [actor for actor in actors if not _is_done(folder, actor, prepare_to)]
-        done = set(actors) - set(todo)
-        for actor in done: (archives / archive_name(actor)).unlink(missing_ok=True)  # a run was killed
+        for actor in set(actors) - set(todo): _clear(folder, actor)  # a run was killed
         if todo:
-            source = open_source(archives, base_url, registry)
-            _state_licence(Path(prepare_to or folder))
+            source = _open_source_or_archives(folder, todo)
+            _begin(target, actors)
             _bring(source, folder, todo, prepare_to, progress, how)
     if prepare_to is None: return pd.DataFrame(columns=["clip", "path", "reason"])
     prepared_corpus(prepare_to)  # raises unless it is whole, with the actors of earlier calls

@@ -24,7 +24,7 @@ from sklearn import metrics
 from torch import nn
 from tqdm import tqdm
 
-from .core import atomic_write, choose, require
+from .core import atomic_write, choose, inference, require
 from .processor import model_inputs
 
 # %% ../nbs/16_evaluate.ipynb #c94e2449
@@ -221,25 +221,21 @@ def _rows(batch, probabilities, emotions):
     return pd.DataFrame(facts).join(pd.DataFrame(probabilities, columns=[f"p_{e}" for e in emotions]))
 
 # %% ../nbs/16_evaluate.ipynb #788ae88c
-@torch.inference_mode()
 def predict(
     model: nn.Module,       # as `MultimodalFER`: has `config.emotions`; its answer has `.logits` `[B, K]`
-    loader,                 # batches as `collate` makes them
-    device=None,            # moves the model there first; None leaves it where it is
+    loader,                 # batches as `collate` makes them, also of tokens as `use_cache` keeps them
+    device=None,            # where it answers; None: this machine's accelerator, if it has one
+    precision=None,         # "no", "fp16" or "bf16"; None: what that device is good at
     progress: bool = True,  # show a progress bar
 ) -> pd.DataFrame:          # columns clip, label, prediction, p_<emotion> for each emotion of the model
-    "The model's answer to every clip, one row each. Raises `MmferError` for an answer that is not finite."
-    if device is not None: model.to(device)
-    device = next(model.parameters()).device
-    was_training = model.training
+    """The model's answer to every clip, one row each; afterwards the model is as it was, where it was.
+
+    Raises `MmferError` for an answer that is not finite."""
     rows = []
-    model.eval()
-    try:
+    with inference(model, device, precision) as device:
         for batch in tqdm(loader, "predict", disable=not progress):
             logits = model(**model_inputs(batch, device)).logits
             rows.append(_rows(batch, logits.cpu().double().softmax(-1).numpy(), model.config.emotions))
-    finally:
-        model.train(was_training)
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/16_evaluate.ipynb #c825a62c

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
 
-from .core import emotion_colours, require, segment_mask
+from .core import emotion_colours, inference, require, segment_mask
 from .media import Clip
 from .processor import FaceClip, Processor
 
@@ -73,16 +73,6 @@ class Explanation:
     @property
     def emotion(self): return self.probabilities.idxmax()
 
-# %% ../nbs/17_explain.ipynb #1977eb0f
-@torch.inference_mode()
-def _answer(model, processor, clip, **options):
-    "The model's answer to one clip, in evaluation mode; the mode is put back afterwards."
-    device = next(model.parameters()).device
-    inputs = {name: values.to(device) for name, values in processor(clip, missing_ok=True).items()}
-    was_training = model.training
-    try: return model.eval()(**inputs, **options)
-    finally: model.train(was_training)
-
 # %% ../nbs/17_explain.ipynb #6b7089d9
 def explain(
     model: nn.Module,      # a `MultimodalFER`
@@ -90,10 +80,11 @@ def explain(
     clip: FaceClip,        # as `processor.read` returns it
 ) -> Explanation:
     "Where a model's attention lies in a clip. Raises `MmferError` for late fusion, which weighs no segments."
-    out = _answer(model, processor, clip, output_attentions=True)
+    with inference(model) as device:
+        out = model(**processor(clip, missing_ok=True, device=device), output_attentions=True)
     require(out.temporal_attention is not None,
             f"this model has no attention over time to show for {clip.path}: use `occlude`, which needs none")
-    probabilities = pd.Series(_array(out.logits.softmax(-1)), model.config.emotions)
+    probabilities = pd.Series(_array(out.logits.float().softmax(-1)), model.config.emotions)
     result = Explanation(clip.duration, probabilities, _array(out.temporal_attention))
     if out.fusion_attention is not None: result.fusion = _array(out.fusion_attention)
     if out.audio_attention is not None: result.sound = _sound_weight(out)
@@ -302,6 +293,19 @@ def mask_pictures(
 def _mask_both(clip, start, end): return mask_sound(mask_pictures(clip, start, end), start, end)
 
 # %% ../nbs/17_explain.ipynb #8be4cb19
+_BATCH = 8  # versions of a clip that the model is asked at a time
+
+
+def _log_probabilities(model, processor, clips, progress):
+    "The model's answers to versions of a clip, `[n, E]`."
+    logits = []
+    with inference(model) as device:
+        for first in tqdm(range(0, len(clips), _BATCH), "occlude", disable=not progress):
+            inputs = processor(clips[first:first + _BATCH], missing_ok=True, device=device)
+            logits.append(model(**inputs).logits.cpu())
+    return torch.cat(logits).double().log_softmax(-1).numpy()
+
+
 def occlude(
     model: nn.Module,        # a `MultimodalFER`
     processor: Processor,    # the model's own
@@ -314,18 +318,17 @@ def occlude(
 
     Positive: the window spoke for the answer. Windows near the edges are cut off there. What the clip lacks
     has no column. After Zeiler & Fergus 2014, over time in place of space."""
-    def ask(clip): return _answer(model, processor, clip).logits[0].double().log_softmax(-1)
+    clip = processor.crop(clip)
     covers = {"sound": mask_sound} if clip.has_audio else {}
     if clip.has_video: covers["pictures"] = mask_pictures
     if len(covers) == 2: covers["both"] = _mask_both
-    before = ask(clip)
-    top = before.argmax()
-    rows = []
-    for middle in tqdm((np.arange(windows) + 0.5) / windows, "occlude", disable=not progress):
-        start, end = np.clip([middle - share / 2, middle + share / 2], 0, 1) * clip.duration
-        falls = {name: (before - ask(cover(clip, start, end)))[top].item() for name, cover in covers.items()}
-        rows.append(dict(start=start, end=end) | falls)
-    return pd.DataFrame(rows)
+    middles = (np.arange(windows) + 0.5) / windows
+    ends = np.clip([middles - share / 2, middles + share / 2], 0, 1).T * clip.duration
+    covered = [cover(clip, start, end) for start, end in ends for cover in covers.values()]
+    before, *after = _log_probabilities(model, processor, [clip, *covered], progress)
+    falls = (before - np.stack(after))[:, before.argmax()]
+    columns = pd.DataFrame(falls.reshape(windows, -1), columns=list(covers))
+    return pd.DataFrame(ends, columns=["start", "end"]).join(columns)
 
 # %% ../nbs/17_explain.ipynb #0494db53
 def plot_occlusion(
@@ -350,7 +353,7 @@ def plot_occlusion(
 def agreement(
     explanation: Explanation,  # as `explain` returns it
     occlusion: pd.DataFrame,   # as `occlude` returns it, of the same clip and model
-) -> dict:                     # "sound", "pictures": rank correlation, -1 to 1; NaN where a side is constant
+) -> dict:                     # "sound", "pictures": rank correlation, -1 to 1; NaN: a side ranks nothing
     """Does attention rank the windows as covering them does? Spearman's correlation of the two.
 
     After Jain & Wallace 2019, arXiv 1902.10186."""
@@ -360,5 +363,7 @@ def agreement(
         spans = zip(occlusion.start, occlusion.end)
         windows = [share_inside(len(weight), explanation.duration, start, end) for start, end in spans]
         attention = np.round(windows @ weight, 6)  # rounded: what is equal must tie
-        out[name] = float(spearmanr(attention, occlusion[name].round(6)).statistic)
+        fall = occlusion[name].round(6)
+        constant = np.ptp(attention) == 0 or np.ptp(fall) == 0  # ranks nothing
+        out[name] = float("nan") if constant else float(spearmanr(attention, fall).statistic)
     return out

@@ -195,9 +195,17 @@ class FeatureSet:
 
     def __len__(self): return len(self.label)
 
+    def to(
+        self,
+        device,        # where a model is to be trained on them
+    ) -> "FeatureSet":
+        "The same clips on a device."
+        moved = (x.to(device) for x in (self.audio, self.visual, self.label))
+        return FeatureSet(*moved, self.n_emotions)
+
     def pooled(self) -> np.ndarray:  # `[N, Da + 2 Dv]`
         "The mean over the segments, both modalities side by side."
-        return torch.cat([self.audio.mean(1), self.visual.mean(1)], -1).numpy()
+        return torch.cat([self.audio.mean(1), self.visual.mean(1)], -1).cpu().numpy()
 
 # %% ../nbs/23_features.ipynb #1507ca00
 def fold_sets(
@@ -363,10 +371,10 @@ def _optimiser(model, config, updates):
 # %% ../nbs/23_features.ipynb #43b333ab
 def train_on_features(
     model: FeatureModel,    # its weights change
-    train: FeatureSet,      # clips of the training speakers
+    train: FeatureSet,      # clips of the training speakers, on the device of the model
     config: FeatureConfig,  # how
 ) -> nn.Module:             # a model with the moving average of the weights, ready to be tested
-    "Train for the epochs of the config."
+    "Train for the epochs of the config, in float32: the matrices are too small to gain from less."
     n_batches = math.ceil(len(train) / config.batch_size)
     optimizer, schedule = _optimiser(model, config, config.epochs * n_batches)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average))
@@ -404,12 +412,12 @@ class Ensemble(nn.Module):
 # %% ../nbs/23_features.ipynb #a304c928
 def train_ensemble(
     system: str,            # a name of `SYSTEM_KINDS`
-    train: FeatureSet,      # clips of the training speakers
+    train: FeatureSet,      # clips of the training speakers, on the device that is to train
     config: FeatureConfig,  # sizes, and how to train
     lfm2=None,              # LFM2 weights (hub id or folder) for "lfm2_full"
-) -> Ensemble:
+) -> Ensemble:              # on that device
     "Build and train the members one after the other, from the random numbers where they stand."
-    build = lambda: feature_model(system, train, config, lfm2)
+    def build(): return feature_model(system, train, config, lfm2).to(train.label.device)
     return Ensemble([train_on_features(build(), train, config) for _ in range(config.members)]).eval()
 
 # %% ../nbs/23_features.ipynb #d5f15df6

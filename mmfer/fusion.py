@@ -184,7 +184,6 @@ def _require_any(audio, visual):
 class Fusion(nn.Module):
     "What the systems that fuse features share: a stand-in per modality, and the projection at the end."
     modalities = ("audio", "visual")
-    weights_from = "random"  # where the weights came from
 
     def __init__(
         self,
@@ -370,7 +369,6 @@ def _pair_map(heard, seen):
 # %% ../nbs/08_fusion.ipynb #e77869f2
 class LateFusion(nn.Module):
     "Join the logits of the branches by a learned weight (product of experts, Hinton 2002)."
-    weights_from = "random"  # where the weights came from
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from .core import require
 def class_weights(
     labels,           # label of each training clip, whole numbers, `[N]`
     n_classes: int,   # number of classes K
-) -> torch.Tensor:    # `[K]`; a class without clips gets 0
+) -> torch.Tensor:    # `[K]`; a class without clips gets 1
     """Balanced weights (King and Zeng 2001): rare classes weigh more, and the mean over the clips is 1.
 
     Raises `MmferError` for a label that is not one of the classes."""
@@ -26,7 +26,7 @@ def class_weights(
     present = np.unique(labels)
     fits = set(present) <= set(range(n_classes))
     require(fits, f"labels {present.tolist()} do not fit {n_classes} classes: number them from 0")
-    weights = torch.zeros(n_classes)
+    weights = torch.ones(n_classes)
     balanced = compute_class_weight("balanced", classes=present, y=labels)
     weights[present] = torch.tensor(balanced, dtype=weights.dtype)
     return weights

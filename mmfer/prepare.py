@@ -219,7 +219,7 @@ def _write_json(settings, path):
     with file_errors(path, _KEPT), atomic_write(path) as f: json.dump(to_dict(settings), f, indent=1)
 
 # %% ../nbs/19_prepare.ipynb #e97024d1
-_TEXT = dict.fromkeys(("path", "clip", "emotion", "speaker", "split", "reason"), str)
+_TEXT = dict.fromkeys(("path", "clip", "emotion", "speaker", "split", "reason", "source_path"), str)
 
 
 def _read_csv(path, columns):
@@ -243,20 +243,40 @@ def bad_clips(
     "The clips that could not be prepared into a set, those of all calls."
     return _read_csv(Path(folder) / "bad.csv", ["clip", "path", "reason"])
 
+# %% ../nbs/19_prepare.ipynb #fb6a0a62
+def _download_note(folder):
+    "What a download wrote into the folder it fills: who was asked for, and who came with which clips."
+    path = Path(folder) / "downloaded.json"
+    if not path.is_file(): return dict(asked=[], actors={})
+    advice = "delete it, prepared clips will not be prepared again"
+    with file_errors(path, advice, ValueError, KeyError, TypeError, AttributeError):
+        note = json.loads(path.read_text(encoding="utf-8"))
+        came = {speaker: list(clips) for speaker, clips in note["actors"].items()}
+        return dict(asked=list(note.get("asked", [])), actors=came)
+
+
+def _still_to_come(folder, speakers):
+    "Who was asked of the download that fills a folder, and is not there."
+    return sorted({*_download_note(folder)["asked"]} - {*speakers})
+
 
 def prepared_corpus(
     folder,             # a prepared set
 ) -> Corpus:            # `path` leads to the prepared clip
-    "The corpus of a prepared set. Raises `MmferError` when it is half done or lacks a clip."
+    """The corpus of a prepared set; of one that a download fills, the speakers who have come.
+
+    Raises `MmferError` when it is half done or lacks a clip."""
     config = prepared_config(folder)
     table = _read_table(folder)
+    asked = _download_note(folder)["asked"]
+    again = "run its download again" if asked else "prepare the clips into it again"
     there = {path.stem for path in _files(folder)}
     lost = sorted(set(table["clip"]) - there)
-    require(not lost, f"{folder} has lost the clip {''.join(lost[:1])}: prepare the clips into it again")
-    whole = there and there == set(table["clip"])
-    require(whole, f"{folder} is half done: prepare the clips into it again, what is finished is kept")
+    require(not lost, f"{folder} has lost the clip {''.join(lost[:1])}: {again}")
+    whole = there == set(table["clip"]) or _still_to_come(folder, table["speaker"])
+    require(len(table) and whole, f"{folder} is half done: {again}, what is finished is kept")
     table["path"] = [str(Path(folder) / path) for path in table.path]
-    return Corpus(table, config.emotions, config.corpus)
+    return Corpus(table.drop(columns="source_path", errors="ignore"), config.emotions, config.corpus)
 
 # %% ../nbs/19_prepare.ipynb #f17d2fe5
 _MACHINE = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT}
@@ -376,6 +396,33 @@ def _close_set(corpus, out, bad):
     gone = sorted(set(table["clip"]) - there)
     if gone: _warn(f"{out} has lost the clip {gone[0]}: prepare the folder that has this clip into it again")
 
+
+def _require_one_film_per_name(jobs, out):
+    "Raises `MmferError` when another CSV file has given the name of a clip to another film."
+    before = _read_table(out)
+    films = dict(zip(before["clip"], before.get("source_path", [])))  # RAVDESS's names need no such care
+    for source, target, _ in jobs:
+        film = str(Path(source).resolve())
+        first = films.get(target.stem, film)
+        require(film == first,
+                f"{first} and {film} are both the clip {target.stem} of {out}: name them apart in a column "
+                f"clip, or delete {target} if the first is no longer wanted")
+
+# %% ../nbs/19_prepare.ipynb #bea16283
+def _require_films(data):
+    "Raises `MmferError` for a folder that is no folder of clips but a prepared set, or an empty download."
+    require(not is_prepared(data), f"{data} is a prepared set already: use it as it is, or pass the clips")
+    asked = _download_note(data)["asked"]
+    empty = asked and not find_media(data)
+    require(not empty, f"{data} is a download of which no clip has come yet: run it again")
+
+
+def _tell_half_done(data, corpus):
+    "Warn when the download that fills a folder was broken off, or is still running."
+    absent = _still_to_come(data, corpus.speakers)
+    if absent: _warn(f"the download into {data} is not finished, {', '.join(absent)} of {corpus.name} will "
+                     f"be missing: run it again; going on with {corpus}")
+
 # %% ../nbs/19_prepare.ipynb #f06459ba
 def prepare(
     data,                        # a folder of clips with RAVDESS names, or a CSV file that lists clips
@@ -391,24 +438,29 @@ def prepare(
     """Decode each clip once and keep sound, face crops and face boxes; bad clips are left out, see bad.csv.
 
     The files depend on the clips and settings alone, not on `workers`. A broken-off preparation goes on with
-    the same call. Raises `MmferError` for other settings than the set has, for a full disk, a dead worker,
-    a folder that vanishes, or no good clip."""
+    the same call. Raises `MmferError` for other settings than the set has, for the name of another film, for
+    a full disk, a dead worker, a folder that vanishes, or no good clip."""
     out = Path(out)
     apart = out.resolve() != Path(data).resolve()
     require(apart, f"{out} holds the clips themselves: choose another folder for the prepared set")
     workers = os.cpu_count() if workers is None else workers
     possible = type(workers) is int and workers >= 0
     require(possible, f"workers {workers!r} is not possible: give a whole number from 0 on")
+    _require_films(data)
     corpus = Corpus.open(data, modality)
+    if corpus.name == "csv": corpus.table["source_path"] = [str(Path(p).resolve()) for p in corpus.table.path]
     faces = str(faces or ("none" if corpus.name == "toy" else YUNET))
     settings = PrepareConfig(corpus.name, corpus.emotions, n_frames, crop_size, faces, margin, modality)
     settings.require_same(out)
+    _tell_half_done(data, corpus)
     jobs = _to_do(corpus, out, settings.processor(faces))
+    _require_one_film_per_name(jobs, out)
     if jobs and faces != "none" and modality != "03": face_detector(faces)  # a missing one is told at once
     if _is_empty(out): _write_json(settings, out / "prepared.json")
     n = len(corpus)
     results = _results(jobs, max(1, min(workers, len(jobs))))
-    bar = tqdm(results, "prepare", n, initial=n - len(jobs), unit="clip", disable=not progress)
+    name = f"prepare {Path(data).name.lstrip('.')}"
+    bar = tqdm(results, name, n, initial=n - len(jobs), unit="clip", disable=not progress)
     bad = _bad_table(corpus, _follow(data, bar))
     _close_set(corpus, out, bad)
     return bad
@@ -425,6 +477,7 @@ def corpus_of(
 ) -> Corpus:
     "The corpus, in whatever form: its emotions size a model. Raises as `prepared_corpus` and `Corpus` do."
     if is_prepared(data): return prepared_corpus(data)
+    _require_films(data)
     return Corpus.from_csv(data) if _is_csv(data) else Corpus.from_folder(data, modality=_modality_of(data))
 
 # %% ../nbs/19_prepare.ipynb #05a211ce
@@ -471,7 +524,8 @@ def open_clips(
             f"{data} holds {MODALITIES[modality]}, and the model uses {' and '.join(fitted.modalities)}: "
             "choose a system that needs one of them alone")
     folder = Path(data)
-    if not is_prepared(data):
+    if is_prepared(data): _tell_half_done(data, corpus)
+    else:
         folder = Path(work)
         faces = faces or (processor and processor.faces)
         _prepare_in_turn(data, folder, n_frames=fitted.n_frames, crop_size=fitted.crop_size, faces=faces,

@@ -162,12 +162,13 @@ def __call__(
     self: Processor,
     clips,                    # a media file, a clip, or a list of them
     missing_ok: bool = False, # pass over a modality that a clip lacks
+    device=None,              # where the tensors go; None: they stay on the CPU
 ) -> dict:                    # a batch of what the model takes: `model(**inputs)`
     "From files to the model's input. Raises as `read` and `item` do."
     clips = clips if isinstance(clips, (list, tuple)) else [clips]
     clips = [self.crop(c) if isinstance(c, Clip) else self.read(c) for c in clips]
     items = [self.item(c, missing_ok) | dict(clip=str(c.path), label=0) for c in clips]
-    return model_inputs(collate(items))
+    return model_inputs(collate(items), device)
 
 # %% ../nbs/05_processor.ipynb #131b0bd3
 @patch(cls_method=True)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'rng_state', 'set_rng_state', 'durable_write', 'checksum', 'Checkpoints', 'save_run', 'load_run',
-           'RunFolder', 'run_facts', 'require_same_run', 'smaller_setting', 'user_errors']
+           'RunFolder', 'weights_checksum', 'run_facts', 'require_same_run', 'disk_need', 'smaller_setting',
+           'user_errors']
 
 # %% ../nbs/15_runs.ipynb #3f6a1c05
 import hashlib
@@ -156,7 +157,9 @@ def load_run(
 
 # %% ../nbs/15_runs.ipynb #3f6a1c38
 class RunFolder:
-    "A training's folder: `best/`, `last/`, `checkpoint/`, `training_history.json`, `train_config.json`."
+    """A training's folder: `best/`, `last/` if wanted, `checkpoint/`, and three `.json` files.
+
+    They are `training_history.json`, `train_config.json` and `weights.json`."""
 
     def __init__(
         self,
@@ -219,21 +222,36 @@ class RunFolder:
             fresh.rmdir()
 
 # %% ../nbs/15_runs.ipynb #3f6a1c44
-MAY_CHANGE = ("workers", "save_every", "save_batches", "trackers")  # settings that do not change the result
+# settings that do not change the result
+MAY_CHANGE = ("workers", "keep_last", "save_every", "save_batches", "trackers")
+
+
+def weights_checksum(
+    module,  # a `torch.nn.Module`
+) -> str:    # SHA-256, hexadecimal
+    "A number that changes with every bit of a module's weights and averages."
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def run_facts(
     model,           # a `MultimodalFER`
     config,          # the recipe, a `TrainConfig`
-    train,           # pandas Series: clip -> label of the training clips, in order
-    val,             # the same of the validation clips
+    clips: dict,     # pandas Series by part, "training" and "validation": clip -> label, in order
+    frozen: dict,    # name -> module of what does not learn and is in no checkpoint
     easiest,         # order of a curriculum, or None
     processes: int,  # how many take part
 ) -> dict:           # plain data
     "What decides how a run goes on."
-    clips = dict(training=list(map(list, train.items())), validation=list(map(list, val.items())))
-    return dict(config=to_dict(config), model=to_dict(model.config), clips=clips, easiest=easiest,
-                processes=processes)
+    origins = {x.part: f"{x.source} {x.revision}, {x.layers} layers" for x in model.config.origins}
+    return dict(
+        config=to_dict(config), model=to_dict(model.config) | dict(origins=origins),
+        clips={part: list(map(list, labels.items())) for part, labels in clips.items()},
+        frozen={name: weights_checksum(module) for name, module in frozen.items()},
+        easiest=easiest, processes=processes)
 
 # %% ../nbs/15_runs.ipynb #3f6a1c45
 def _differing_settings(then, now, path=""):
@@ -256,6 +274,12 @@ def _differing_clips(then, now):
         if before != clips: return f"the same {part} clips in another order"
 
 
+def _differing_weights(then, now):
+    "The frozen parts whose weights differ, as words."
+    names = [name for name in then | now if then.get(name) != now.get(name)]
+    if names: return f"other weights in its frozen {' and '.join(names)}"
+
+
 def require_same_run(
     then: dict,    # `run_facts` of the checkpoint
     now: dict,     # `run_facts` of what is to go on
@@ -268,7 +292,23 @@ def require_same_run(
     if not differs and then["easiest"] != now["easiest"]: differs = "another difficulty of its clips"
     if not differs and then["processes"] != now["processes"]:
         differs = f"{then['processes']} process(es), now there are {now['processes']}"
+    if not differs: differs = _differing_weights(then["frozen"], now["frozen"])
     require(not differs, f"{folder} was trained with {differs}: go on as it began, or choose another folder")
+
+# %% ../nbs/15_runs.ipynb #c0562171
+def disk_need(
+    model,   # a `MultimodalFER`; what does not learn in the training is frozen
+    config,  # the recipe, a `TrainConfig`
+) -> dict:   # bytes: models, checkpoints, while writing (old and new lie side by side), total
+    "What a training writes into its folder, but for a few kB."
+    def size(tensors): return sum(x.numel() * x.element_size() for x in tensors)
+    model_bytes = size(model.state_dict().values())
+    checkpoint_bytes = 3 * size(p for p in model.parameters() if p.requires_grad)  # and AdamW's two means
+    kept = {config.epochs}
+    if config.save_every: kept |= set(range(config.save_every, config.epochs, config.save_every))
+    need = {"models": (1 + config.keep_last) * model_bytes, "checkpoints": len(kept) * checkpoint_bytes,
+            "while writing": max(model_bytes, checkpoint_bytes)}
+    return need | dict(total=sum(need.values()))
 
 # %% ../nbs/15_runs.ipynb #3f6a1c49
 def smaller_setting(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'RECIPES', 'LOWEST_RATE', 'TrainConfig', 'with_min_updates', 'Progress', 'ClipOrder', 'Batches',
            'make_schedule', 'halve_on_plateau', 'parameter_groups', 'require_finite', 'Updater', 'freeze_parts',
-           'training_mode', 'make_loss', 'Objective', 'best_row', 'epochs_without_gain', 'clip_labels', 'easiest_first',
-           'require_possible', 'make_accelerator', 'Trainer']
+           'frozen_modules', 'training_mode', 'frozen_as', 'weights_plan', 'make_loss', 'Objective', 'best_row',
+           'epochs_without_gain', 'clip_labels', 'easiest_first', 'require_possible', 'make_accelerator', 'Trainer']
 
 # %% ../nbs/14_trainer.ipynb #114da5fb
 import math
@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration, broadcast, gather_object
 from fastcore.basics import patch
 from sklearn.metrics import accuracy_score, recall_score
 from torch import nn
@@ -36,11 +36,14 @@ from tqdm import tqdm
 
 from .augment import AugmentedClips, clip_seed, mix_batch
 from .cache import use_cache
-from .core import Amount, Count, NotNegative, Share, choose, config, require, seed_everything, to_dict
+from .core import (
+    Amount, Count, NotNegative, Share, config, require, require_space, seed_everything, to_dict)
 from .losses import MultimodalLoss, class_weights
 from .processor import collate, model_inputs
-from .runs import RunFolder, require_same_run, rng_state, run_facts, set_rng_state, user_errors
-from .visual import enable_gradient_checkpointing
+from .runs import (
+    RunFolder, disk_need, require_same_run, rng_state, run_facts, set_rng_state, user_errors)
+from .visual import disable_gradient_checkpointing, enable_gradient_checkpointing
+from .weights import origins_table
 
 # %% ../nbs/14_trainer.ipynb #ffbdcfa0
 PARTS = ("audio", "visual", "fusion", "classifier")
@@ -52,9 +55,11 @@ class TrainConfig:
     epochs: Count = 50                # times that every clip is seen
     batch_size: Count = 8             # clips per batch and process
     accumulation: Count = 1           # batches per weight update
-    lr_branches: Amount = 1e-5        # rate of the audio and the visual branch
-    lr_fusion: Amount = 5e-5          # rate of the fusion
-    lr_classifier: Amount = 1e-4      # rate of the classifier
+    lr_branches: Amount = 3e-4        # rate of the branches' fresh weights
+    lr_branches_loaded: Amount = 1e-5 # rate of the branches' loaded weights
+    lr_fusion: Amount = 3e-4          # rate of the fusion's fresh weights
+    lr_fusion_loaded: Amount = 5e-5   # rate of the fusion's loaded weights
+    lr_classifier: Amount = 1e-4      # rate of the classifier, which is always fresh
     weight_decay: Amount = 0.01       # of AdamW: each step takes this share of rate times weight away
     warmup_epochs: Amount = 5.0       # the rate climbs from near 0 over so many epochs
     max_grad_norm: Amount = 1.0       # longer gradients are shortened to this; 0: never
@@ -69,12 +74,14 @@ class TrainConfig:
     min_delta: Amount = 0.001         # rise of the validation UAR that counts as a gain
     mixup: Amount = 0.0               # alpha of `mixup`; 0: none
     class_weights: bool = False       # weigh rare classes more
-    augment: bool = False             # change sound and pictures of the training clips at random
+    augment: list[Literal["audio", "video"]] = field(default_factory=list)  # what to change at random
     curriculum: Share = 1.0           # share of the clips in the first epoch, the easiest; half way it is all
-    freeze: list[Literal[PARTS]] = field(default_factory=list)  # parts to leave as they are
+    freeze: list[Literal[*PARTS, "loaded"]] = field(default_factory=list)  # what is to stay as it is
+    thaw_vision: NotNegative = 0      # last blocks of the vision tower that learn; 0: the tower as it comes
     gradient_checkpointing: bool = False  # compute again in the backward pass instead of remembering
     compile: bool = False             # `torch.compile` the vision tower, where most of the work is
     workers: NotNegative = 0          # processes that load clips
+    keep_last: bool = True            # write the last epoch's model, too, beside the best one
     save_every: NotNegative = 0       # keep a checkpoint every so many epochs; 0: the newest one only
     save_batches: NotNegative = 0     # checkpoint every so many batches, too; 0: after each epoch only
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)  # who draws the history
@@ -83,9 +90,10 @@ class TrainConfig:
 RECIPES = {
     "tiny": TrainConfig(epochs=12, batch_size=16, lr_branches=2e-3, lr_fusion=2e-3, lr_classifier=2e-3,
                         warmup_epochs=1.0),
-    "lightweight": TrainConfig(batch_size=4, accumulation=4, lr_branches=1e-4, lr_fusion=1e-4,
-                               precision="bf16"),
-    "full": TrainConfig(accumulation=2, precision="bf16"),
+    "lightweight": TrainConfig(batch_size=4, accumulation=4, mixup=0.2, augment=["audio"], patience=15,
+                               precision="bf16", keep_last=False),
+    "full": TrainConfig(accumulation=2, mixup=0.2, augment=["audio", "video"], patience=15,
+                        precision="bf16", keep_last=False),
 }
 
 # %% ../nbs/14_trainer.ipynb #c8469736
@@ -263,18 +271,21 @@ def halve_on_plateau(
 # %% ../nbs/14_trainer.ipynb #e3436dd6
 def parameter_groups(
     model,                # has the parts `audio`, `visual`, `fusion`, `classifier`; each may be None
-    config: TrainConfig,  # holds the three rates
-    loss=None,            # its weights get the fusion's rate
-) -> list:                # groups for an optimizer, named
-    "Groups for branches, fusion and classifier. Raises `MmferError` when nothing can learn."
+    config: TrainConfig,  # holds the rates
+    loss=None,            # its weights get the rate of the fusion's fresh ones
+) -> list:                # groups for an optimizer, named after the rates
+    "Groups for what learns, fresh and loaded weights apart. Raises `MmferError` when nothing can learn."
+    loaded = {id(p) for part in model.loaded_parts().values() for p in part.parameters()}
     branches = (model.audio, model.visual)
     parts = dict(branches=branches, fusion=(model.fusion, loss), classifier=(model.classifier,))
-    groups = []
+    groups = {}
     for name, modules in parts.items():
-        weights = [p for m in modules if m is not None for p in m.parameters() if p.requires_grad]
-        if weights: groups.append(dict(params=weights, lr=getattr(config, f"lr_{name}"), name=name))
+        for p in (p for module in modules if module is not None for p in module.parameters()):
+            kind = f"{name}_loaded" if id(p) in loaded else name
+            if p.requires_grad: groups.setdefault(kind, []).append(p)
     require(groups, "every part is frozen: leave out one of freeze")
-    return groups
+    rates = {name: getattr(config, f"lr_{name}") for name in groups}
+    return [dict(params=weights, lr=rates[name], name=name) for name, weights in groups.items()]
 
 # %% ../nbs/14_trainer.ipynb #4f40e1b9
 def require_finite(
@@ -354,23 +365,71 @@ class Updater:
 
 # %% ../nbs/14_trainer.ipynb #cc4f85f7
 def freeze_parts(
-    model,          # a `MultimodalFER`
-    names: list,    # out of `PARTS`; a part that the system does not have is passed over
-) -> list:          # the frozen modules
-    """Take parts out of the training. They stay out in this model; one loaded from a folder has all in.
+    model,                # a `MultimodalFER`
+    config: TrainConfig,  # its `freeze` and `thaw_vision`; a part that the model does not have is passed over
+):
+    """Take parts out of the training, or let blocks of the vision tower in. They stay so in this model.
 
-    Raises `MmferError` for a name that is no part."""
-    for name in names: choose("part", name, PARTS)
-    return [getattr(model, name).requires_grad_(False) for name in names if getattr(model, name) is not None]
+    Raises `MmferError` for more blocks than the tower has."""
+    for name in config.freeze:
+        modules = model.loaded_parts().values() if name == "loaded" else [getattr(model, name)]
+        for module in modules:
+            if module is not None: module.requires_grad_(False)
+    if config.thaw_vision and model.visual is not None: model.visual.freeze().unfreeze(config.thaw_vision)
+
+
+def frozen_modules(
+    model: nn.Module,  # any module
+) -> dict:             # name -> module: the outermost ones
+    "The modules that have weights, none of which learns."
+    frozen = {}
+    for name, part in model.named_modules():  # a module comes before those within it
+        learns = [p.requires_grad for p in part.parameters()]
+        is_within = name.startswith(tuple(f"{outer}." for outer in frozen))
+        if learns and not any(learns) and not is_within: frozen[name] = part
+    return frozen
 
 
 def training_mode(
     model: nn.Module,  # the model, or what holds it
-    frozen: list,      # its frozen modules
 ):
-    "Training mode for all parts but the frozen ones."
+    "Training mode for all that learns, evaluation mode for what does not."
     model.train()
-    for part in frozen: part.eval()
+    for part in frozen_modules(model).values(): part.eval()
+
+# %% ../nbs/14_trainer.ipynb #61356938
+@contextmanager
+def frozen_as(
+    model,                # a `MultimodalFER`
+    config: TrainConfig,  # see `freeze_parts`
+):
+    "Within the block stands still what a recipe freezes; afterwards all that learned before learns again."
+    learned = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        freeze_parts(model, config)
+        yield model
+    finally:
+        for p, learns in learned: p.requires_grad_(learns)
+
+
+def weights_plan(
+    model,                # a `MultimodalFER`
+    config: TrainConfig,  # the recipe
+) -> pd.DataFrame:        # one row per part that can be loaded, one for the rest
+    "Where weights come from, and what the training makes of them: frozen, trained or random; and the rate."
+    places = dict(
+        audio=(model.audio, "encoder"), vision=(model.visual, "vision"), fusion=(model.fusion, "backbone"))
+    modules = {part: getattr(*place) for part, place in places.items() if hasattr(*place)}
+    table = origins_table(model.config.origins, [*modules, "the rest"]).reset_index()
+    part_of = {id(p): part for part, module in modules.items() for p in module.parameters()}
+    rates = {part: set() for part in table["part"]}
+    with frozen_as(model, config):
+        for group in parameter_groups(model, config):
+            for p in group["params"]: rates[part_of.get(id(p), "the rest")].add(group["lr"])
+    table["state"] = np.where(table["source"] == "random", "random", "trained")
+    table.loc[[not rates[part] for part in table["part"]], "state"] = "frozen"
+    table["rate"] = [", ".join(f"{rate:g}" for rate in sorted(rates[part])) for part in table["part"]]
+    return table
 
 # %% ../nbs/14_trainer.ipynb #b39f1fe3
 def make_loss(
@@ -479,10 +538,7 @@ def make_accelerator(
 
 def _set_switches(model, config):
     "Gradient checkpointing and `compile` as the recipe wants them, whatever an earlier training wanted."
-    for part in model.modules():
-        if not getattr(part, "supports_gradient_checkpointing", False): continue
-        disable = getattr(part, "activation_checkpointing_disable", None)  # the name in newer transformers
-        (disable or part.gradient_checkpointing_disable)()
+    disable_gradient_checkpointing(model)
     if config.gradient_checkpointing: enable_gradient_checkpointing(model)
     if model.visual is None: return
     model.visual.vision._compiled_call_impl = None  # PyTorch has no public way back from `compile()`
@@ -518,36 +574,40 @@ class Trainer:
         resume=False,         # go on with the run that the folder holds, if it holds one
         cache=None,           # folder for what a frozen vision tower sees, see `use_cache`
         difficulty=None,      # pandas Series: clip -> loss of a previous model, for a curriculum
+        on_epoch=None,        # is called after each epoch with the history and `seconds_left()`
     ):
         require_possible(config, difficulty)
         for dataset in (train_set, val_set): _require_fit(dataset, model)
         self.config = config
         self.model = model
         self.resume = resume
+        self.on_epoch = on_epoch
         self.run = RunFolder(out)
         self.run.require_room(resume)
         self.processor = getattr(train_set, "processor", None)
         self.split = _who_trains(train_set, val_set)
         self.accelerator = accelerator = make_accelerator(config, out)
-        self.frozen = freeze_parts(model, config.freeze)
+        freeze_parts(model, config)
         _set_switches(model, config)
         labels = clip_labels(train_set)
         easiest = easiest_first(labels.index, difficulty) if config.curriculum < 1 else None
         process = accelerator.process_index
         processes = accelerator.num_processes
-        self.facts = run_facts(model, config, labels, clip_labels(val_set), easiest, processes)
-        if cache and model.visual is not None and not config.augment:
+        clips = dict(training=labels, validation=clip_labels(val_set))
+        self.facts = run_facts(model, config, clips, frozen_modules(model), easiest, processes)
+        if cache and model.visual is not None and "video" not in config.augment:
             model.to(accelerator.device)
-            with user_errors(config, model), accelerator.main_process_first():  # it fills the cache
-                train_set = use_cache(model.visual, train_set, cache)
-                val_set = use_cache(model.visual, val_set, cache)
+            with user_errors(config, model):  # several processes fill the cache together
+                train_set = use_cache(model.visual, train_set, cache, accelerator.is_main_process)
+                val_set = use_cache(model.visual, val_set, cache, accelerator.is_main_process)
         seed_everything(config.seed + process)  # each process drops out other things
         self.progress = Progress()
         self.bar = tqdm(disable=True)  # `fit` shows one
         order = ClipOrder(len(train_set), config, easiest, process, processes)
         self.batches = Batches(AugmentedClips(train_set, config.augment, config.seed), order)
-        mine = range(process, len(val_set), processes)  # no clip is judged twice
-        self.val_loader = _load(Subset(val_set, mine), config, batch_size=config.batch_size)
+        batches = torch.arange(len(val_set)).split(config.batch_size)  # each is judged by one process
+        mine = [batch.tolist() for batch in batches[process::processes]]
+        self.val_loader = _load(val_set, config, batch_sampler=mine)
         objective = Objective(model, make_loss(model, config, labels))
         groups = parameter_groups(model, config, objective.loss)
         updates = [self.batches.updates_in(epoch) for epoch in range(config.epochs)]
@@ -580,11 +640,12 @@ def train_step(
 def validate(
     self: Trainer,
 ) -> dict:         # val_loss, val_war, val_uar
-    """Loss, WAR and UAR on the validation set, each process its share. Override it to judge another way.
+    """Loss, WAR and UAR on the validation set, each process its batches. Override it to judge another way.
 
     Raises `MmferError` for a loss that is no number."""
     device = self.accelerator.device
     objective = self.accelerator.unwrap_model(self.objective).eval()
+    broadcast(list(objective.buffers()))  # batch norm's averages: all judge what the first one saves
     seen = []
     for batch in self.val_loader:
         labels = batch["labels"]
@@ -599,10 +660,12 @@ def validate(
 # %% ../nbs/14_trainer.ipynb #14a00035
 @patch
 def state_dict(self: Trainer) -> dict:
-    "Everything that the next batch depends on. Progress and random numbers are those of each process."
+    "All that the next batch depends on, except what is frozen. Progress and random numbers: of each process."
     mine = dict(progress=self.progress.state_dict(), rng=rng_state(self.accelerator.device))
-    objective = self.accelerator.unwrap_model(self.objective).state_dict()
-    return dict(objective=objective, updater=self.updater.state_dict(), processes=gather_object([mine]))
+    objective = self.accelerator.unwrap_model(self.objective)
+    frozen = tuple(f"{name}." for name in frozen_modules(objective))
+    learned = {name: value for name, value in objective.state_dict().items() if not name.startswith(frozen)}
+    return dict(objective=learned, updater=self.updater.state_dict(), processes=gather_object([mine]))
 
 
 @patch
@@ -610,9 +673,10 @@ def load_state_dict(
     self: Trainer,
     state: dict,  # from `state_dict`
 ):
-    "Go on where `state` was taken."
+    "Go on where `state` was taken; what is frozen stays as it is."
     mine = state["processes"][self.accelerator.process_index]
-    self.accelerator.unwrap_model(self.objective).load_state_dict(state["objective"])
+    objective = self.accelerator.unwrap_model(self.objective)
+    objective.load_state_dict(objective.state_dict() | state["objective"])
     self.updater.load_state_dict(state["updater"])
     self.progress.load_state_dict(mine["progress"])
     set_rng_state(mine["rng"], self.accelerator.device)
@@ -647,7 +711,11 @@ def start_or_resume(self: Trainer):
     if saved:
         require_same_run(saved["facts"], self.facts, self.run.path)
         return self.load_state_dict(saved)
-    if self.accelerator.is_main_process: self.run.write_json("train_config.json", to_dict(self.config))
+    if self.accelerator.is_main_process:
+        need = disk_need(self.model, self.config)["total"]
+        require_space(self.run.path, need, "models and checkpoints")
+        self.run.write_json("train_config.json", to_dict(self.config))
+        self.run.write_json("weights.json", weights_plan(self.model, self.config).to_dict("records"))
     self.checkpoint()
 
 # %% ../nbs/14_trainer.ipynb #f9d4df5a
@@ -656,7 +724,7 @@ def run_epoch(self: Trainer):
     "What is left of an epoch: train on its batches, then judge it."
     progress = self.progress
     if progress.batch == 0: progress.lr = self.updater.optimizer.param_groups[0]["lr"]
-    training_mode(self.objective, self.frozen)
+    training_mode(self.objective)
     for batch in self.batches.rest(progress):
         progress.losses.append(self.train_step(batch))
         progress.batch += 1
@@ -686,7 +754,7 @@ def finish_epoch(self: Trainer):
     for other in progress.history: other["best"] = other is best
     self.updater.finish_epoch(row["val_uar"])
     if self.accelerator.is_main_process:
-        for name in ("best", "last") if row["best"] else ("last",):
+        for name in [*["best"] * row["best"], *["last"] * self.config.keep_last]:
             self.run.save_model(self.model, name, self.processor, self.split)
         self.run.write_json("training_history.json", progress.history)
     every = self.config.save_every
@@ -694,6 +762,22 @@ def finish_epoch(self: Trainer):
     self.accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=progress.epoch)
     shown = {name: f"{row[name]:.2f}" for name in ("train_loss", "val_uar")}
     self.bar.set_postfix(epoch=progress.epoch, **shown)
+    self.report()
+
+
+@patch
+def seconds_left(self: Trainer) -> float:
+    "How long the epochs to come will take, at most, if each takes as long as the last three did on average."
+    if self.is_done(): return 0.0
+    pace = mean(row["seconds"] for row in self.progress.history[-3:])
+    return (self.config.epochs - self.progress.epoch) * pace
+
+
+@patch
+def report(self: Trainer):
+    "Tell `on_epoch` how far the training is, if there is an epoch to tell of."
+    if not (self.on_epoch and self.progress.history and self.accelerator.is_main_process): return
+    self.on_epoch(self.progress.history, self.seconds_left())
 
 # %% ../nbs/14_trainer.ipynb #14a00040
 @patch
@@ -718,6 +802,7 @@ def _guarded(self: Trainer):
     main = self.accelerator.is_main_process
     with self.run.lock() if main else nullcontext(), user_errors(self.config, self.model):
         self.start_or_resume()
+        self.report()  # of a run that goes on
         sizes = [self.batches.order.batches_in(epoch) for epoch in range(self.config.epochs)]
         done = sum(sizes[:self.progress.epoch]) + self.progress.batch
         shown = {name: str(value) for name, value in to_dict(self.config).items()}

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['VISUAL_PRESETS', 'VisualConfig', 'normalise_pixels', 'build_siglip', 'ROICompressor', 'FramePool', 'ChangeStream',
            'FeedForward', 'GSCB', 'TemporalAttention', 'TemporalEncoder', 'enable_gradient_checkpointing',
-           'VisualBranch']
+           'disable_gradient_checkpointing', 'VisualBranch']
 
 # %% ../nbs/07_visual.ipynb #1720c5a8
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -346,15 +348,46 @@ class _Tower(nn.Module):
         return self
 
 # %% ../nbs/07_visual.ipynb #63c247bb
+def _switches(module, word):
+    "The transformers within a module, each with its method that enables or disables checkpointing."
+    for part in module.modules():
+        if not getattr(part, "supports_gradient_checkpointing", False): continue
+        newer = getattr(part, f"activation_checkpointing_{word}", None)  # its name in newer transformers
+        yield part, newer or getattr(part, f"gradient_checkpointing_{word}")
+
+
+@contextmanager
+def _counted_once(module):
+    "Within the block batch norm computes as always, and its averages stay as they are."
+    norms = [part for part in module.modules() if getattr(part, "track_running_stats", False)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms: norm.momentum = 0.0
+    try: yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
+
+
 def enable_gradient_checkpointing(
     module: nn.Module,  # any module; its transformers are changed, at any depth
 ) -> nn.Module:         # the same module
     "Remember only the input of each block, compute the rest again in the backward pass (Chen et al. 2016)."
-    for part in module.modules():
-        if not getattr(part, "supports_gradient_checkpointing", False): continue
-        enable = getattr(part, "activation_checkpointing_enable", None)  # its name in newer transformers
-        (enable or part.gradient_checkpointing_enable)()
+    for part, enable in _switches(module, "enable"):
+        # the second forward pass of a step must not count twice in the averages of batch norm
+        contexts = partial(_contexts, part)
+        enable(dict(use_reentrant=False, context_fn=contexts))
     return module
+
+
+def _contexts(part): return nullcontext(), _counted_once(part)
+
+
+def disable_gradient_checkpointing(
+    module: nn.Module,  # any module, at any depth
+):
+    "Remember everything again."
+    for _, disable in _switches(module, "disable"): disable()
 
 # %% ../nbs/07_visual.ipynb #6ab2507c
 class VisualBranch(_Tower, HubModule, library_name="mmfer", tags=["emotion-recognition", "video"]):
@@ -393,7 +426,7 @@ class VisualBranch(_Tower, HubModule, library_name="mmfer", tags=["emotion-recog
         self,
         video=None,     # frames, uint8 or float in 0..1, `[B, T, 3, H, W]`
         lengths=None,   # true number of frames, `[B]`, 0: no pictures; None: all T
-        roi_mask=None,  # patches that show the face, bool `[B, T, N]` or `[B, N]`
+        roi_mask=None,  # patches that show the face, bool, or shares from 0 to 1; `[B, T, N]` or `[B, N]`
         tokens=None,    # in place of video: what `encode` made of it, `[B, T, N, D]`
     ) -> BranchOutput:
         "Encode a batch of clips. Raises `MmferError` for frames or tokens of another size, or both together."

@@ -36,3 +36,8 @@ echo "== the site builds"
 
 echo "== tests"
 python -m pytest -q -n 2 --durations=10 tests
+
+export PYTHONPATH=$PWD/.venv/transformers-lowest
+echo "== tests of what rests on transformers, with the lowest version that is supported:" \
+     "$(python -c "import transformers; print(transformers.__version__)")"
+python -m pytest -q -n 2 tests/test_{weights,audio,visual,fusion,model}.py

@@ -16,16 +16,18 @@ import torch
 
 from mmfer import ablations
 from mmfer.ablations import (
-    ClipExperiment, FeatureExperiment, Result, as_markdown, clip_model, compare, comparison_table,
-    paired_difference, plan_systems, plot_systems, read_results, side_by_side, summarise_metric,
-    summarise_system, train_and_test)
-from mmfer.core import MmferError, from_dict, to_dict
+    ClipExperiment, FeatureExperiment, Result, as_markdown, compare, comparison_table, paired_difference,
+    plan_systems, plot_systems, read_results, side_by_side, summarise_metric, summarise_system,
+    train_and_test)
+from mmfer.core import MmferError, from_dict, pick_tier, to_dict
 from mmfer.corpus import RAVDESS_EMOTIONS, Corpus
 from mmfer.evaluate import BOOTSTRAPPED, bootstrap_interval, speaker_matrices
-from mmfer.features import BASELINES, SYSTEM_KINDS, FeatureConfig, toy_features
+from mmfer.features import BASELINES, SYSTEM_KINDS, FeatureConfig, FeatureSet, toy_features
 from mmfer.fusion import FusionConfig, Lfm2Backbone, lfm2_config
+from mmfer.model import MultimodalFER
 from mmfer.prepare import prepare
 from mmfer.toy import make_toy
+from mmfer.weights import PRETRAINED
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = FeatureConfig(width=16, ffn=32, epochs=1, batch_size=64, members=1)
@@ -134,27 +136,90 @@ def save_lfm2(folder, **sizes):
 def test_lfm2_full_runs_with_weights(toy, tmp_path):
     weights = save_lfm2(tmp_path / "lfm2")
     with pytest.warns(UserWarning, match="LFM Open License"):
-        report = compare(toy, tmp_path / "out", ("lfm2_full",), "single", lfm2=weights, config=QUICK,
-                         **quietly)
+        report = compare(toy, tmp_path / "out", ("lfm2_full",), "single", weights=dict(fusion=weights),
+                         config=QUICK, **quietly)
     assert "lfm2_full" in report["systems"] and not report["skipped"]
 
 
-def test_clip_model_puts_trained_layers_into_a_preset(tmp_path):
+class Built(Exception): "Stops an experiment at its model."
+
+
+def asked_of(experiment, system, monkeypatch):
+    "With what arguments an experiment builds the model of a system."
+    def build(*args): raise Built(*args)
+    monkeypatch.setattr(ablations.MultimodalFER, "from_preset", build)
+    with pytest.raises(Built) as built: experiment.run(system, experiment.folds("single")[0], 0)
+    return built.value.args
+
+
+@pytest.mark.parametrize("system, weights", {
+    "audio_only": dict(audio="a.nemo"), "visual_only": dict(vision="tower"),
+    "early": dict(audio="a.nemo", vision="tower"),
+    "lfm2_lightweight": dict(audio="a.nemo", vision="tower", fusion="none"),
+    "lfm2_full": dict(audio="a.nemo", vision="tower", fusion="lfm2")}.items())
+def test_systems_differ_in_their_weights_only_where_their_names_say_so(
+        clips, tmp_path, monkeypatch, system, weights):
+    sources = dict(audio="a.nemo", vision="tower", fusion="lfm2")
+    experiment = ClipExperiment(clips, tmp_path, sources=sources, progress=False)
+    kind = SYSTEM_KINDS[system]
+    assert asked_of(experiment, system, monkeypatch) == ("tiny", experiment.emotions, kind, weights)
+
+
+def test_only_lfm2_full_starts_from_lfm2s_weights(clips, tmp_path, monkeypatch):
     weights = save_lfm2(tmp_path / "lfm2", d_model=64, ffn=176)
-    with pytest.warns(UserWarning): model = clip_model("tiny", ("a", "b", "c"), "lfm2_full", weights)
-    assert model.fusion.weights_from.startswith(str(weights)) and model.config.fusion.causal
-    assert not any(p.requires_grad for p in model.fusion.backbone.parameters())
-    assert len(model.fusion.backbone.layers) == 6
+    built = {}
+
+    def untrained(model, *args):
+        built[len(built)] = [origin.part for origin in model.config.origins]
+        return model
+    monkeypatch.setattr(ablations, "_best_epoch", untrained)
+    with pytest.warns(UserWarning, match="LFM Open License"):
+        compare(clips, tmp_path / "out", ("lfm2_lightweight", "lfm2_full"), "single",
+                weights=dict(fusion=weights), faces="none", **quietly)
+    assert built == {0: [], 1: ["fusion"]}
 
 
-def test_a_frozen_tower_is_never_random_by_accident(monkeypatch):
-    asked = []
-    monkeypatch.setattr(ablations, "load_vision", lambda branch, source: asked.append(source))
-    clip_model("tiny", ("a", "b"), "early")  # its tower is trained
-    clip_model("lightweight", ("a", "b"), "visual_only")
-    clip_model("lightweight", ("a", "b"), "visual_only", vision_weights="random")
-    clip_model("tiny", ("a", "b"), "early", vision_weights="mine")
-    assert asked == [ablations.SIGLIP2, "mine"]
+def test_weights_reach_the_experiment_as_the_preset_chooses_them(clips, tmp_path, monkeypatch):
+    class Stop(Exception): pass
+
+    def stop(data, **settings): raise Stop(settings["sources"])
+    monkeypatch.setattr(ablations, "ClipExperiment", stop)
+    asked = {}
+    for weights in ("pretrained", "none"):
+        with pytest.raises(Stop) as stopped: compare(clips, tmp_path, preset="lightweight", weights=weights)
+        asked[weights] = stopped.value.args[0]
+    assert asked == dict(pretrained=PRETRAINED["lightweight"], none={})
+
+
+def test_the_test_clips_come_from_the_cache_of_the_training(clips, tmp_path, monkeypatch):
+    experiment = ClipExperiment(clips, tmp_path, epochs=1, progress=False)
+    frozen = MultimodalFER.from_preset("tiny", experiment.emotions, "early")
+    frozen.visual.freeze()
+    monkeypatch.setattr(ablations, "_best_epoch", lambda *args: frozen)
+    split = experiment.folds("single")[0]
+    first, _ = experiment.run("early", split, 0)
+    assert len(list((tmp_path / "cache").glob("*/*.npy"))) == len(experiment.test_clips(split))
+    frozen.visual.vision.register_forward_pre_hook(lambda *_: pytest.fail("the tower runs again"))
+    again, _ = experiment.run("early", split, 0)
+    assert again.tolist() == first.tolist()
+
+
+def test_clips_are_trained_in_the_precision_of_this_machine(monkeypatch):
+    monkeypatch.setattr(ablations, "this_machine", lambda: pick_tier("cuda", 14.6, 7))
+    assert ablations._clip_recipe("lightweight", 3, 100, seed=2).precision == "fp16"
+    monkeypatch.setattr(ablations, "this_machine", lambda: pick_tier("cpu"))
+    recipe = ablations._clip_recipe("lightweight", 3, 100, seed=2)
+    assert (recipe.precision, recipe.seed, recipe.epochs) == ("no", 2, 3)
+
+
+def test_features_are_trained_on_this_machines_accelerator(toy, monkeypatch):
+    monkeypatch.setattr(ablations, "this_machine", lambda: pick_tier("cuda", 14.6, 7))
+    monkeypatch.setattr(FeatureSet, "to", lambda self, device: device)
+
+    def train(system, clips, *args): raise Built(clips)
+    monkeypatch.setattr(ablations, "train_ensemble", train)
+    experiment = FeatureExperiment(toy, QUICK)
+    with pytest.raises(Built, match="cuda"): experiment.run("late", experiment.folds("single")[0], 0)
 
 
 # Jobs side by side
@@ -308,11 +373,11 @@ def test_other_features_are_refused(first, toy, tmp_path, name):
 
 
 def test_lfm2_weights_may_come_later_but_not_change(tmp_path):
-    settings = dict(kind="clips", epochs=None, lfm2=None)
-    ablations._require_same(tmp_path, settings)
-    ablations._require_same(tmp_path, settings | dict(lfm2="weights"))
-    with pytest.raises(MmferError, match="another lfm2"):
-        ablations._require_same(tmp_path, settings | dict(lfm2="others"))
+    def settings(**weights): return dict(kind="clips", epochs=None, weights=dict(vision="tower") | weights)
+    ablations._require_same(tmp_path, settings())
+    ablations._require_same(tmp_path, settings(fusion="lfm2"))
+    for other in (settings(fusion="another"), settings(), settings(fusion="lfm2", vision="another")):
+        with pytest.raises(MmferError, match="another weights"): ablations._require_same(tmp_path, other)
 
 
 # Figures

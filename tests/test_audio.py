@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import ParakeetFeatureExtractor
 
 from mmfer.audio import AUDIO_PRESETS, AudioBranch, AudioConfig, LogMel, SegmentPool, build_encoder
-from mmfer.core import MmferError, count_parameters, seed_everything
+from mmfer.core import MmferError, count_parameters, first_line, seed_everything
+from mmfer.visual import enable_gradient_checkpointing
 
 RATE = 16_000
 slow_ok = settings(max_examples=15, deadline=None)
@@ -21,8 +22,14 @@ def voice(samples, seed=0):
     return 0.1 * buzz * torch.sin(9 * t + 1).square() + 0.01 * torch.randn(samples, generator=g)
 
 
+def extractor():
+    "The reference, where this version of transformers can build it: before 5.23 it needs librosa."
+    try: return ParakeetFeatureExtractor()
+    except ImportError as e: pytest.skip(f"the reference front end cannot be built ({first_line(e)})")
+
+
 def reference(sound):
-    return ParakeetFeatureExtractor()(sound.numpy(), sampling_rate=RATE, return_tensors="pt")
+    return extractor()(sound.numpy(), sampling_rate=RATE, return_tensors="pt")
 
 
 def tiny(**changes):
@@ -63,7 +70,7 @@ def test_log_mel_equals_the_reference_in_a_padded_batch():
     sounds = [voice(n, seed=n) for n in (48_000, 31_999, 5_000)]
     batch = torch.nn.utils.rnn.pad_sequence(sounds, batch_first=True)
     mel, _ = LogMel()(batch, torch.tensor([len(s) for s in sounds]))
-    want = ParakeetFeatureExtractor()([s.numpy() for s in sounds], sampling_rate=RATE, return_tensors="pt")
+    want = extractor()([s.numpy() for s in sounds], sampling_rate=RATE, return_tensors="pt")
     torch.testing.assert_close(mel, want.input_features.mT, atol=1e-4, rtol=0)
 
 
@@ -247,7 +254,6 @@ def test_saved_and_loaded_is_the_same(branch, tmp_path):
     branch.save_pretrained(tmp_path)
     loaded = AudioBranch.from_pretrained(tmp_path).requires_grad_(False)
     assert loaded.config == branch.config
-    assert loaded.weights_from == str(tmp_path) and branch.weights_from == "random"
     sound = voice(RATE)[None]
     assert torch.equal(loaded(sound).logits, branch(sound).logits)
 
@@ -306,3 +312,20 @@ def test_changes_leave_the_preset_alone():
     assert tiny(layers=1).config.layers == 1 and AUDIO_PRESETS["tiny"].layers == 2
     plain = dict(d_model=64, layers=1, heads=4, ffn=8, subsampling_channels=8)
     assert AudioBranch(plain).config == AudioConfig(64, 1, 4, 8, 8)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    "Neither gradients nor the averages of batch norm, though every block runs twice."
+    states = []
+    for change in (lambda branch: branch, enable_gradient_checkpointing):
+        seed_everything(0)
+        branch = AudioBranch.from_preset("tiny", n_emotions=3, dropout=0.0).train()
+        sound = torch.randn(3, 16_000, generator=torch.Generator().manual_seed(1))
+        change(branch)(sound).logits.sum().backward()
+        gradients = {name: p.grad for name, p in branch.named_parameters() if p.grad is not None}
+        states.append((branch.state_dict(), gradients))
+    (plain, plain_gradients), (thrifty, thrifty_gradients) = states
+    assert plain["encoder.layers.0.conv.norm.num_batches_tracked"] == 1
+    for name, value in plain.items(): torch.testing.assert_close(thrifty[name], value, atol=0, rtol=0)
+    assert plain_gradients.keys() == thrifty_gradients.keys()
+    for name, value in plain_gradients.items(): torch.testing.assert_close(thrifty_gradients[name], value)

@@ -12,8 +12,10 @@ from mmfer.core import MmferError, seed_everything
 from mmfer.corpus import Corpus
 from mmfer.processor import ClipDataset, Processor
 from mmfer.toy import make_toy
+from mmfer.visual import VisualBranch
 
 RATE = 16_000
+BOTH = ["audio", "video"]
 few = settings(max_examples=20, deadline=None)  # resampling is slow
 
 
@@ -147,24 +149,69 @@ def differ(a, b): return not (torch.equal(a["audio"], b["audio"]) and torch.equa
 
 def test_the_draw_depends_on_seed_epoch_and_clip_alone():
     torch.manual_seed(0)
-    clips = AugmentedClips(Clips(), augment=True, seed=0)
+    clips = AugmentedClips(Clips(), BOTH, seed=0)
     before = torch.get_rng_state()
     first = clips[1, 4]
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(7)
     assert not differ(clips[1, 4], first)
-    others = (clips[1, 5], clips[2, 4], AugmentedClips(Clips(), augment=True, seed=1)[1, 4])
+    others = (clips[1, 5], clips[2, 4], AugmentedClips(Clips(), BOTH, seed=1)[1, 4])
     assert all(differ(first, other) for other in others)
 
 
 def test_without_augmentation_the_clips_are_those_of_the_dataset():
-    clips = AugmentedClips(Clips(), augment=False, seed=0)
+    clips = AugmentedClips(Clips(), [], seed=0)
     assert len(clips) == 3 and not differ(clips[1, 4], Clips()[1])
+
+
+@pytest.mark.parametrize("augment", [["audio"], ["video"]])
+def test_one_modality_changes_and_the_other_stays(augment):
+    [changes] = augment
+    clips = AugmentedClips(Clips(), augment, seed=0)
+    drawn = [clips[0, epoch] for epoch in range(8)]
+    before = Clips()[0]
+    parts = dict(audio=["audio"], video=["video", "roi_mask"])
+    for name in parts.pop(changes): assert not all(torch.equal(item[name], before[name]) for item in drawn)
+    [kept] = parts.values()
+    for name in kept: assert all(torch.equal(item[name], before[name]) for item in drawn)
+
+
+def test_the_pictures_that_are_drawn_do_not_depend_on_their_neighbours_in_the_list():
+    one, two = (AugmentedClips(Clips(), names, seed=0)[1, 4] for names in (BOTH, BOTH[::-1]))
+    assert not differ(one, two)
+
+
+class Tokens(Clips):
+    "The same clips from the cache: tokens in place of pictures."
+    def __getitem__(self, i):
+        item = super().__getitem__(i)
+        return {k: v for k, v in item.items() if k != "video"} | dict(video_tokens=torch.ones(2, 16, 5))
+
+
+def test_the_sound_changes_while_the_pictures_come_as_tokens():
+    clips = AugmentedClips(Tokens(), ["audio"], seed=0)
+    for epoch in range(4):
+        item = clips[1, epoch]
+        assert torch.equal(item["video_tokens"], torch.ones(2, 16, 5))
+        assert torch.equal(item["roi_mask"], marked_corner()[1])
+    assert not all(torch.equal(clips[1, epoch]["audio"], Clips()[1]["audio"]) for epoch in range(4))
+
+
+@pytest.mark.parametrize("augment", [["video"], BOTH])
+def test_cached_pictures_cannot_be_augmented(augment):
+    with pytest.raises(MmferError, match="clip-1 comes as cached tokens.*augment the sound alone"):
+        AugmentedClips(Tokens(), augment, seed=0)[1, 0]
+
+
+@pytest.mark.parametrize("augment", [["sound"], ["audio", "pictures"], "audio"])
+def test_an_unknown_modality_is_refused_at_once(augment):
+    with pytest.raises(MmferError, match="unknown: choose one of audio, video"):
+        AugmentedClips(Clips(), augment, seed=0)
 
 
 def test_a_clip_is_changed_in_all_its_parts_and_the_original_stays():
     item = Clips()[0]
-    with seeded(3): changed = augment_clip(item)
+    with seeded(3): changed = augment_clip(item, BOTH)
     assert not differ(item, Clips()[0]) and not torch.equal(changed["video"], item["video"])
     assert (patch_means(changed["video"], 4) > 100).eq(changed["roi_mask"]).float().mean() > 0.8
     assert changed["label"] == 2 and changed["clip"] == "clip-0"
@@ -174,14 +221,14 @@ def test_the_sound_of_most_clips_changes():
     item = Clips()[0]
     unchanged = 0
     for seed in range(24):
-        with seeded(seed): unchanged += torch.equal(augment_clip(item)["audio"], item["audio"])
+        with seeded(seed): unchanged += torch.equal(augment_clip(item, BOTH)["audio"], item["audio"])
     assert 0 < unchanged < 12  # each of three changes has a probability of one half
 
 
 @pytest.mark.parametrize("gone", ["audio", "video"])
 def test_a_clip_without_sound_or_pictures_stays_without(gone):
     item = {k: v for k, v in Clips()[0].items() if k not in (gone, "roi_mask")}
-    with seeded(0): assert set(augment_clip(item)) == set(item)
+    with seeded(0): assert set(augment_clip(item, BOTH)) == set(item)
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 9999)] * 3), min_size=2, max_size=20, unique=True))
@@ -241,7 +288,7 @@ def test_no_mixed_clip_loses_all_modalities(mix, has, seed):
     for i, j in enumerate(partners(before, 1.0, torch.Generator().manual_seed(seed))):
         if i != j: continue
         assert soft[i].argmax() == i and soft[i].max().item() == pytest.approx(1)
-        assert torch.equal(mixed["video"][i], before["video"][i])
+        assert torch.equal(mixed["video"][i, :video[i]], before["video"][i, :video[i]])
         assert_close(real(mixed)[i], real(before)[i])
 
 
@@ -312,16 +359,33 @@ def masked(seed):
     return batch(video=(2, 2, 2)) | dict(roi_mask=mask)
 
 
-@given(st.integers(0, 999))
+@given(st.integers(0, 999), st.booleans())
 @settings(deadline=None)
-def test_mixup_marks_the_patches_of_both_faces(seed):
+def test_mixup_marks_each_face_in_its_share(seed, cached):
+    "Neither the mask of one clip alone nor the union of both."
     before = masked(seed)
-    mixed, _ = mixup(before, LABELS, 4, 1.0, torch.Generator().manual_seed(seed))
+    if cached: before |= dict(video=None, video_tokens=before["video"].flatten(3).half())
+    mixed, soft = mixup(before, torch.arange(3), 3, 1.0, torch.Generator().manual_seed(seed))
     partner = draw_mix(3, 1.0, torch.Generator().manual_seed(seed))[1].tolist()
     for i, j in enumerate(partner):
-        for patch in range(16):
-            either = before["roi_mask"][i, :, patch] | before["roi_mask"][j, :, patch]
-            assert torch.equal(mixed["roi_mask"][i, :, patch], either)
+        share = soft[i, i].item()
+        own, other = (before["roi_mask"][k].float() for k in (i, j))
+        assert_close(mixed["roi_mask"][i], share * own + (1 - share) * other, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_with_a_mixed_mask_each_face_is_preferred_in_its_share():
+    "Seen through the visual branch: same pictures, so the scores differ by the mask alone."
+    seed_everything(0)
+    branch = VisualBranch.from_preset("tiny").eval()
+    tokens = torch.randn(1, 2, 64, 64).expand(2, -1, -1, -1)
+    mask = torch.rand(2, 2, 64) < 0.4
+    two = dict(audio=None, audio_lengths=torch.zeros(2).long(), video=None, video_tokens=tokens,
+               video_lengths=torch.tensor([2, 2]), roi_mask=mask)
+    mixed, soft = mixup(two, torch.tensor([0, 1]), 2, 1.0, torch.Generator().manual_seed(3))
+    assert 0.1 < soft.min() < 0.5
+    plain, out = (branch(tokens=tokens, roi_mask=m).scores for m in (mask, mixed["roi_mask"]))
+    assert_close(out, torch.einsum("ij,jtn->itn", soft, plain))
 
 
 @given(st.integers(0, 999))
@@ -365,6 +429,36 @@ def test_tokens_are_blended_as_pictures_are():
     assert torch.equal(labels, others) and torch.equal(a["audio"], b["audio"]) and b["video"] is None
     assert torch.equal(a["video"].flatten(3), b["video_tokens"])
     assert not torch.equal(a["video"], pictures["video"])
+
+
+def test_beyond_the_partners_last_picture_nothing_of_it_is_mixed_in():
+    before = batch(audio=(6, 6, 6), video=(2, 1, 2)) | dict(roi_mask=torch.ones(3, 2, 4, dtype=torch.bool))
+    for seed in range(10):
+        draw = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        mixed, soft = mixup(before, torch.arange(3), 3, 1.0, draw[0])
+        for i, j in enumerate(draw_mix(3, 1.0, draw[1])[1].tolist()):
+            assert mixed["video_lengths"][i] == before["video_lengths"][i]
+            if j != 1 or i == 1: continue
+            assert_close(mixed["roi_mask"][i, 1], soft[i, i].expand(4))
+            wanted = soft[i, i] * before["video"][i, 1].float()
+            assert_close(mixed["video"][i, 1].float(), wanted, rtol=0, atol=0.51)
+
+
+@pytest.mark.parametrize("key", ["video", "video_tokens"])
+def test_a_mixture_with_a_clip_without_pictures_has_none(key):
+    "The clip without pictures has no face, so it takes nothing from the masks of the others."
+    pictures = torch.rand(3, 2, 16, 5).half() if key == "video_tokens" else batch()["video"]
+    before = batch(audio=(6, 4, 5), video=(2, 0, 2)) | {"video": None, key: pictures}
+    before["roi_mask"] = torch.ones(3, 2, 16, dtype=torch.bool)
+    for seed in range(6):
+        rng = torch.Generator().manual_seed(seed)
+        partner = draw_mix(3, 1.0, rng)[1].tolist()
+        mixed, soft = mixup(before, LABELS, 4, 1.0, torch.Generator().manual_seed(seed))
+        has = [i != 1 and j != 1 for i, j in enumerate(partner)]
+        assert (mixed["video_lengths"] > 0).tolist() == has
+        assert mixed[key].dtype == pictures.dtype and mixed[key].isfinite().all()
+        for i in range(3):
+            if has[i]: assert_close(mixed["roi_mask"][i], torch.ones(2, 16))
 
 
 def test_without_alpha_a_batch_is_left_alone():

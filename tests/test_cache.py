@@ -1,5 +1,6 @@
 """The cache of patch tokens: the same answer as without it, found by content alone, refused when damaged."""
 import errno
+import json
 import multiprocessing
 import os
 import pickle
@@ -15,13 +16,13 @@ from torch.utils.data import DataLoader
 from mmfer import cache
 from mmfer.cache import CachedTokens, TokenStore, clip_key, encode_clip, entry_bytes, tower_key, use_cache
 from mmfer.augment import AugmentedClips
-from mmfer.core import MmferError, seed_everything
+from mmfer.core import MmferError, from_dict, seed_everything
 from mmfer.corpus import RAVDESS_EMOTIONS, Corpus
 from mmfer.model import MultimodalFER, preset_config
 from mmfer.prepare import PreparedDataset, prepare, prepared_corpus
 from mmfer.processor import ClipDataset, Processor, collate, model_inputs
 from mmfer.toy import make_toy
-from mmfer.visual import VISUAL_PRESETS, VisualBranch
+from mmfer.visual import VISUAL_PRESETS, VisualBranch, VisualConfig
 
 CONFIG = replace(VISUAL_PRESETS["tiny"], freeze=True, n_emotions=8)
 PROCESSOR = Processor(image_size=64, grid=8, crop_size=64, n_frames=4, faces="none")
@@ -157,10 +158,16 @@ def test_a_part_shares_the_entries(branch, corpus, dataset, tmp_path, monkeypatc
 def test_augmented_sound_comes_with_cached_tokens(branch, dataset, tmp_path, monkeypatch):
     cached = fill(branch, dataset, tmp_path)
     no_tower(monkeypatch, branch)
-    augmented = AugmentedClips(cached, augment=True, seed=0)
+    augmented = AugmentedClips(cached, ["audio"], seed=0)
     for i in range(CLIPS):
         assert torch.equal(augmented[i, 3]["video_tokens"], cached[i]["video_tokens"])
     assert any(not torch.equal(augmented[i, 3]["audio"], cached[i]["audio"]) for i in range(CLIPS))
+
+
+def test_cached_pictures_cannot_be_augmented(branch, dataset, tmp_path):
+    cached = fill(branch, dataset, tmp_path)
+    with pytest.raises(MmferError, match="comes as cached tokens.*augment the sound alone"):
+        AugmentedClips(cached, ["audio", "video"], seed=0)[0, 0]
 
 
 def test_a_dataset_without_fingerprints_is_known_by_its_pictures(branch, dataset, tmp_path, monkeypatch):
@@ -201,11 +208,86 @@ def test_what_learns_behind_the_tower_does_not_count(branch):
     assert tower_key(branch) == key
 
 
-def test_a_tower_on_a_gpu_has_another_folder(branch, monkeypatch):
-    "There it computes in float16: the tokens differ by a rounding, and must not be mixed."
-    key = tower_key(branch)
-    monkeypatch.setattr(cache, "_device", lambda branch: torch.device("cuda"))
-    assert tower_key(branch) != key
+def on_a_gpu(monkeypatch): monkeypatch.setattr(cache, "_device", lambda branch: torch.device("cuda"))
+
+
+def test_each_precision_has_a_key_of_its_own(branch, monkeypatch):
+    "On a GPU the tower computes in float16. The weights are the same numbers in every format."
+    for p in branch.vision.parameters(): p.data = (32 * p.data).round() / 32
+    keys = [tower_key(branch)]
+    for half in (torch.bfloat16, torch.float16):
+        branch.vision.to(half)
+        keys.append(tower_key(branch))
+    branch.vision.float()
+    assert tower_key(branch) == keys[0]
+    on_a_gpu(monkeypatch)
+    keys.append(tower_key(branch))
+    assert len(set(keys)) == 4
+
+
+def test_entries_of_a_cpu_and_of_a_gpu_are_not_mixed(branch, dataset, tmp_path, monkeypatch):
+    "The GPU is played: its tokens are others, and each side gets its own back."
+    on_cpu = fill(branch, dataset, tmp_path)
+    with monkeypatch.context() as m:
+        on_a_gpu(m)
+        m.setattr(cache, "encode_clip", lambda *_: np.ones((4, 64, 64), np.float16))
+        assert (fill(branch, dataset, tmp_path)[0]["video_tokens"] == 1).all()
+    again = fill(branch, dataset, tmp_path)
+    assert again.names == on_cpu.names
+    assert torch.equal(again[0]["video_tokens"], on_cpu[0]["video_tokens"])
+
+
+def test_autocast_around_the_filling_changes_nothing(branch, dataset):
+    "Else the tokens would have another precision than their key."
+    plain = encode_clip(branch, dataset[0])
+    with torch.autocast("cpu", torch.bfloat16): inside = encode_clip(branch, dataset[0])
+    np.testing.assert_array_equal(inside, plain)
+
+
+def test_tokens_too_large_for_float16_inside_are_computed_again_in_float32(branch, dataset, monkeypatch):
+    encode = branch.encode
+    plain = encode_clip(branch, dataset[0])
+    asked = []
+    def overflow(frames):
+        asked.append(torch.is_autocast_enabled("cpu"))
+        tokens = encode(frames)
+        return tokens.fill_(torch.inf) if len(asked) == 1 else tokens
+    monkeypatch.setattr(branch, "encode", overflow)
+    with torch.autocast("cpu", torch.bfloat16): again = encode_clip(branch, dataset[0])
+    np.testing.assert_array_equal(again, plain)
+    assert asked == [False, False]
+
+
+# ---- folders of other towers ----
+def test_a_new_folder_mentions_those_of_other_towers(branch, dataset, tmp_path, capsys):
+    fill(branch, dataset, tmp_path)
+    old = tmp_path / tower_key(branch)
+    size = sum(p.stat().st_size for p in old.iterdir())
+    (tmp_path / "something else").mkdir()
+    nudge(branch)
+    use_cache(branch, dataset, tmp_path)
+    [line] = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path} also holds {size / 1e9:.3g} GB" in line and old.name in line and "delete" in line
+    assert "something else" not in line and tower_key(branch) not in line
+    assert len(entries(old)) == CLIPS  # nothing is deleted
+
+
+def test_the_old_folders_are_mentioned_once_and_only_where_there_are_some(branch, dataset, tmp_path, capsys):
+    use_cache(branch, dataset, tmp_path)
+    assert capsys.readouterr().out == ""
+    nudge(branch)
+    use_cache(branch, dataset.select(dataset.corpus.where(dataset.corpus.table.index < 2)), tmp_path)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    use_cache(branch, dataset, tmp_path)  # the folder has begun: the rest is filled without a word
+    assert capsys.readouterr().out == "" and len(entries(tmp_path / tower_key(branch))) == CLIPS
+
+
+def test_a_folder_tells_its_tower(branch, dataset, tmp_path):
+    fill(branch, dataset, tmp_path)
+    [path] = tmp_path.rglob("tower.json")
+    note = json.loads(path.read_text())
+    assert note["tower"] == path.parent.name == tower_key(branch)
+    assert from_dict(VisualConfig, note["visual"]) == CONFIG
 
 
 def test_a_changed_clip_and_another_reading_are_computed_anew(branch, corpus, tmp_path):

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from mmfer.classifier import (
     ACTIVATIONS, CLASSIFIER_PRESETS, NORMS, POOLINGS, Classifier, ClassifierConfig, TemporalPool)
-from mmfer.core import MmferError, from_dict, lengths_to_mask, to_dict
+from mmfer.core import MmferError, from_dict, lengths_to_mask, seed_everything, to_dict
 
 
 def pooling(kind):
@@ -126,3 +126,16 @@ def test_a_classifier_without_emotions_is_refused():
 def test_impossible_settings_are_refused_by_name(wrong):
     [name] = wrong
     with pytest.raises(MmferError, match=name): ClassifierConfig(**wrong)
+
+
+def test_a_batch_of_one_clip_is_normalised_by_the_running_averages():
+    seed_everything(0)
+    config = ClassifierConfig(in_dim=6, hidden=[5], n_emotions=3, norm="batch", dropout=0.0)
+    model = Classifier(config).train()
+    model(torch.randn(5, 8, 6))
+    alone = torch.randn(1, 8, 6)
+    trained = model(alone)[0]
+    norms = [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm1d)]
+    assert norms and all(norm.num_batches_tracked == 1 for norm in norms)
+    trained.sum().backward()
+    assert torch.equal(trained, model.eval()(alone)[0])

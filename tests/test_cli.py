@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.io import wavfile
 
 from mmfer.cli import COMMANDS, main
@@ -21,6 +21,8 @@ from mmfer.model import MultimodalFER
 from mmfer.processor import Processor
 from mmfer.runs import load_run, save_run
 from mmfer.toy import make_toy
+from mmfer.visual import VisualConfig, build_siglip
+from mmfer.weights import PRETRAINED
 
 TINY = ["--preset", "tiny", "--epochs", "1"]
 NAMES = {"01": "Anna", "02": "Ben", "03": "Chloe"}
@@ -331,7 +333,7 @@ def test_wrong_folders_and_files(corpus, trained, tmp_path, capsys):
     assert "nothing" in mistake(capsys, "train", corpus, *run, "--vision-weights", tmp_path / "nothing")
     line = ["train", corpus, *run, "--audio-weights", tmp_path / "nothing.nemo"]
     assert "nothing.nemo" in mistake(capsys, *line)
-    assert "no audio branch" in mistake(capsys, *line, "--system", "visual_only")
+    assert "no place for the audio weights" in mistake(capsys, *line, "--system", "visual_only")
     assert not (tmp_path / "run").exists()
     assert "config.json" in mistake(capsys, "predict", tmp_path / "empty", clip)
     assert "gone.mp4" in mistake(capsys, "predict", trained, tmp_path / "gone.mp4")
@@ -340,15 +342,72 @@ def test_wrong_folders_and_files(corpus, trained, tmp_path, capsys):
     assert "actors" in mistake(capsys, "toy", tmp_path / "t", "--actors", "0")
 
 
-def test_a_frozen_tower_is_not_random_by_accident(corpus, tmp_path, capsys, monkeypatch):
-    asked = []
-    def refuse(branch, source):
-        asked.append(source)
-        raise LookupError("far enough")
-    monkeypatch.setattr("mmfer.cli.load_vision", refuse)
-    line = ["train", str(corpus), "--out", str(tmp_path / "run"), "--preset", "lightweight"]
-    with pytest.raises(LookupError): main(line)
-    assert asked == ["google/siglip2-base-patch16-224"]
+# Weights by name: what there is to load is in test_weights, how a model takes it in test_model
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    "No network, and nothing fetched before."
+    def gone(repo, **_): raise OSError(f"no road to {repo}")
+    monkeypatch.setattr("mmfer.weights.snapshot_download", gone)
+
+
+@pytest.mark.parametrize("command", ["train", "cv"])
+def test_all_weights_are_here_before_anything_is_prepared(corpus, tmp_path, capsys, no_network, command):
+    said = mistake(capsys, command, corpus, "--out", tmp_path / "run", "--preset", "lightweight")
+    assert "parakeet" in said and "not on this machine" in said and "mmfer weights" in said
+    assert not (tmp_path / "run" / "prepared").exists()
+
+
+def test_weights_tells_what_is_missing(capsys, no_network):
+    main(["weights", "full"])
+    said = capsys.readouterr().out
+    for part, source in PRETRAINED["full"].items():
+        assert f"{part}: {source} is not on this machine" in said and f"--{part}-weights" in said
+    told = mistake(capsys, "weights", "full", "--fetch")
+    assert "not all weights could be fetched" in told
+
+
+def test_weights_says_that_nobody_published_a_narrow_lfm2(capsys, no_network):
+    main(["weights", "lightweight"])
+    assert "--fusion-weights LiquidAI/LFM2-350M" in capsys.readouterr().out
+    main(["weights", "tiny"])
+    assert "LFM2-350M" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    "A small vision tower as a checkpoint folder."
+    folder = tmp_path_factory.mktemp("tower") / "my_tower"
+    config = VisualConfig(d_model=48, layers=1, heads=4, ffn=96, image_size=64, patch_size=16)
+    build_siglip(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_run_keeps_where_its_weights_came_from(corpus, tower, tmp_path, capsys):
+    line = ["train", corpus, "--out", tmp_path / "run", "--system", "visual_only", "--faces", "none", *TINY]
+    main([*map(str, line), "--vision-weights", str(tower), "--stages", "one"])
+    said = capsys.readouterr().out
+    assert "my_tower" in said and "1 of 1" in said
+    rows = json.loads((tmp_path / "run" / "weights.json").read_text())
+    assert any(row["source"] == "my_tower" and row["state"] == "trained" for row in rows)
+    main(["info", str(tmp_path / "run")])
+    assert "my_tower" in capsys.readouterr().out
+    origin, = load_run(tmp_path / "run")[0].config.origins
+    assert origin.source == "my_tower" and origin.revision.startswith("sha256:")
+
+
+def test_other_weights_are_another_run(corpus, tower, tmp_path, capsys):
+    line = ["train", corpus, "--out", tmp_path / "run", "--system", "visual_only", "--faces", "none", *TINY,
+            "--stages", "one"]
+    main([*map(str, line), "--vision-weights", str(tower)])
+    other = tmp_path / "my_tower"  # of the same name
+    shutil.copytree(tower, other)
+    weights = load_file(other / "model.safetensors")
+    weights[min(weights)] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    said = mistake(capsys, *line, "--vision-weights", other, "--resume")
+    assert "begun with other weights (vision is from my_tower" in said and "go on as it began" in said
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "cv", "compare"])
@@ -454,7 +513,8 @@ def test_help_names_every_command():
     said = run_terminal("--help")
     assert said.returncode == 0
     assert all(name in said.stdout for name in COMMANDS)
-    assert sorted(COMMANDS) == sorted("toy prepare download train evaluate predict cv compare info".split())
+    names = "toy prepare download weights train evaluate predict cv compare info"
+    assert sorted(COMMANDS) == sorted(names.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

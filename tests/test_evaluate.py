@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from sklearn import metrics
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mmfer import evaluate as ev
+from mmfer.cache import use_cache
 from mmfer.core import MmferError
 from mmfer.corpus import Corpus
+from mmfer.model import MultimodalFER
+from mmfer.processor import collate
 
 EMOTIONS = ("joy", "rage", "calm", "grief", "awe")
 K = len(EMOTIONS)
@@ -327,6 +331,32 @@ def test_predict_names_the_clip_that_is_not_finite():
     model.weight.data.fill_(torch.nan)
     with pytest.raises(MmferError, match="c4"): ev.predict(model, [batch([4.])], progress=False)
     assert model.training
+
+
+def test_cached_tokens_are_judged_without_the_tower(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    def clip(i): return dict(clip=f"c{i}", label=i, audio=0.1 * torch.randn(8000, generator=g),
+                             video=torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=g))
+    clips = [clip(i) for i in range(5)]
+    model = MultimodalFER.from_preset("tiny", EMOTIONS)
+    model.visual.vision.requires_grad_(False)
+    cached = use_cache(model.visual, clips, tmp_path, progress=False)
+    on_pictures = ev.predict(model, DataLoader(clips, 2, collate_fn=collate), progress=False)
+    model.visual.vision.register_forward_pre_hook(lambda *_: pytest.fail("the tower runs again"))
+    on_tokens = ev.predict(model, DataLoader(cached, 2, collate_fn=collate), progress=False)
+    pd.testing.assert_frame_equal(on_tokens, on_pictures, atol=1e-3)
+
+
+def test_predict_asks_in_the_precision_that_is_wanted():
+    class Dtype(Echo):
+        def forward(self, audio, **others):
+            self.dtype = (self.weight[None] @ self.weight[None].T).dtype
+            return super().forward(audio, **others)
+    model = Dtype()
+    ev.predict(model, [batch([3.])], "cpu", "bf16", progress=False)
+    assert model.dtype == torch.bfloat16
+    ev.predict(model, [batch([3.])], "cpu", progress=False)
+    assert model.dtype == torch.float32
 
 
 @given(st.lists(st.text("abc_p", min_size=1), min_size=1, unique=True))

@@ -49,10 +49,10 @@ class Planted(nn.Module):
 
     def forward(self, audio, audio_lengths, **others):
         a, b = (round(w * 16_000) for w in self.window)
-        logits = torch.zeros(1, 8)
-        logits[:, 4] = 5 * audio[:, a:b].abs().mean() * self.weight
-        temporal = torch.zeros(1, 8).index_fill(1, torch.tensor([self.reported]), 1.0)
-        within = segment_mask(torch.tensor([40]), 44).float()
+        logits = torch.zeros(len(audio), 8)
+        logits[:, 4] = 5 * audio[:, a:b].abs().mean(1) * self.weight
+        temporal = torch.zeros(len(audio), 8).index_fill(1, torch.tensor([self.reported]), 1.0)
+        within = segment_mask(torch.tensor([40] * len(audio)), 44).float()
         audio_attention = within / within.sum(-1, keepdim=True)
         return SimpleNamespace(logits=logits, temporal_attention=temporal, audio_attention=audio_attention,
                                visual_scores=None, visual_kept=None, fusion_attention=None)
@@ -158,6 +158,48 @@ def test_occlusion_finds_the_window_that_decides_whatever_attention_says():
         assert o["sound"].argmax() == 2 and o["sound"].max() > 0.5
         assert o["sound"].drop(2).abs().max() < 1e-5 and o["pictures"].abs().max() == 0
         assert (ex.agreement(e, o)["sound"] > 0.5) == (reported == 2)
+
+
+def test_batches_of_windows_get_the_answers_of_single_windows(model, monkeypatch):
+    together = ex.occlude(model, processor, make_clip(), progress=False)
+    monkeypatch.setattr(ex, "_BATCH", 1)
+    alone = ex.occlude(model, processor, make_clip(), progress=False)
+    assert together.shape == (8, 5) and together["both"].abs().max() > 1e-4
+    pd.testing.assert_frame_equal(together, alone, atol=1e-5)
+
+
+def test_windows_are_asked_in_batches(model, monkeypatch):
+    sizes = []
+    note = model.register_forward_pre_hook(lambda _, args, inputs: sizes.append(len(inputs["audio"])),
+                                           with_kwargs=True)
+    ex.occlude(model, processor, make_clip(), progress=False)
+    note.remove()
+    assert sum(sizes) == 1 + 3 * 8 and len(sizes) <= 4
+
+
+def test_the_face_of_a_clip_as_filmed_is_looked_for_once(model, monkeypatch):
+    crop = make_clip()
+    filmed = Clip(crop.path, crop.audio, crop.frames, crop.times, crop.duration)
+    found = []
+    track = Processor.crop
+
+    def count(self, clip):
+        found.append(isinstance(clip, FaceClip))
+        return track(self, clip)
+    monkeypatch.setattr(Processor, "crop", count)
+    o = ex.occlude(model, processor, filmed, progress=False)
+    assert found.count(False) == 1
+    pd.testing.assert_frame_equal(o, ex.occlude(model, processor, crop, progress=False))
+
+
+@pytest.mark.filterwarnings("error")
+def test_agreement_is_nan_where_a_side_ranks_nothing():
+    clip = make_clip()
+    e = ex.explain(Planted(), processor, clip)
+    o = ex.occlude(Planted(), processor, clip, share=1 / 8, progress=False)
+    assert np.isnan(ex.agreement(e, o.assign(sound=0.25))["sound"])
+    even = replace(e, sound=np.full(40, 1 / 40))
+    assert np.isnan(ex.agreement(even, o)["sound"]) and not np.isnan(ex.agreement(e, o)["sound"])
 
 
 def test_covers_touch_only_their_window():

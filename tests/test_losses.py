@@ -145,6 +145,19 @@ def test_alignment_needs_two_clips_with_both_modalities():
     assert "alignment" not in MultimodalLoss(alignment=0.5)(answer(visual_features=None), TRUTH)
 
 
+def test_a_last_batch_of_one_clip_has_all_parts_but_alignment():
+    logits = torch.tensor([[0., LN3]])
+    features = torch.randn(1, 8, 3, requires_grad=True)
+    one = answer(logits=logits, audio_logits=0 * logits, visual_logits=-logits,
+                 audio_features=features, visual_features=features)
+    loss = MultimodalLoss(label_smoothing=0.0, alignment=0.5)(one, torch.tensor([1]))
+    assert set(loss) == {"total", "fused", "audio", "visual"}
+    assert value(loss["total"]) == value(LOSS[3 / 4] + 0.3 * LOSS[1 / 2] + 0.3 * LOSS[1 / 4])
+    alone = alignment_loss(features[:, 0], features[:, 1])
+    alone.backward()
+    assert alone.item() == 0 and (features.grad == 0).all()
+
+
 def test_two_widths_are_an_error_or_are_projected():
     wide = answer(visual_features=torch.randn(2, 8, 3))
     with pytest.raises(MmferError, match="project both"): MultimodalLoss(alignment=0.1)(wide, TRUTH)
@@ -167,7 +180,7 @@ def test_every_class_that_is_there_counts_equally(drawn):
     there = sorted(set(labels))
     assert weights.shape == (n_classes,)
     assert_close(per_class[there], torch.full((len(there),), len(labels) / len(there)))
-    assert (weights[[k for k in range(n_classes) if k not in there]] == 0).all()
+    assert (weights[[k for k in range(n_classes) if k not in there]] == 1).all()
 
 
 @given(labels_of, st.randoms(use_true_random=False))
@@ -183,6 +196,12 @@ def test_class_weights_are_those_of_scikit_learn(kind):
     labels = [0, 2, 2, 2, 1, 1]
     wanted = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     assert class_weights(kind(labels), 3).tolist() == pytest.approx(wanted.tolist())
+
+
+def test_a_batch_of_a_class_without_training_clips_has_a_loss():
+    "As in a validation set: the sum of its weights must not be 0."
+    loss_of = MultimodalLoss(label_smoothing=0.0, class_weights=class_weights([0, 0, 0], 2))
+    assert value(loss_of(answer(), TRUTH)["total"]) == value(MultimodalLoss(0.0)(answer(), TRUTH)["total"])
 
 
 @pytest.mark.parametrize("labels", [[0, 3], [-1, 0]])

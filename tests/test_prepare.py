@@ -8,9 +8,11 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import threading
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import cv2
@@ -342,6 +344,42 @@ def test_a_csv_file_adds_its_clips(corpus, tmp_path):
     assert len(got) == len(two) == 4
     pd.testing.assert_frame_equal(got.table.drop(columns="path"), want.table.drop(columns="path"))
     assert (got.speakers, got.emotions, got.name) == (["007", "2e3"], ("happy", "sad"), "csv")
+
+
+def csv_of(folder, toy, take):
+    "A CSV file of two films, 1.mp4 and 2.mp4, in a folder of its own."
+    folder.mkdir()
+    rows = films(toy).iloc[2 * take:2 * take + 2]
+    for i, path in enumerate(rows["path"], 1): shutil.copy(path, folder / f"{i}.mp4")
+    table = rows[["emotion", "speaker"]].assign(path=["1.mp4", "2.mp4"], emotion=["happy", "sad"])
+    table.to_csv(folder / "mine.csv", index=False)
+    return folder / "mine.csv"
+
+
+def test_a_name_that_two_csv_files_give_is_refused(toy, tmp_path):
+    first, second, out = csv_of(tmp_path / "a", toy, 0), csv_of(tmp_path / "b", toy, 1), tmp_path / "out"
+    prepare(first, out, **HOW)
+    before = digests(out)
+    with pytest.raises(MmferError) as e: prepare(second, out, **HOW)
+    one_sentence(e, tmp_path / "a" / "1.mp4", tmp_path / "b" / "1.mp4", "are both the clip 1", "column clip")
+    assert digests(out) == before
+    pd.read_csv(second).assign(clip=["b1", "b2"]).to_csv(second, index=False)
+    prepare(second, out, **HOW)
+    assert prepared_corpus(out).table["clip"].tolist() == ["1", "2", "b1", "b2"]
+
+
+def test_a_film_of_a_csv_file_may_be_replaced_and_moved(toy, tmp_path):
+    mine, out = csv_of(tmp_path / "a", toy, 0), tmp_path / "out"
+    prepare(mine, out, **HOW)
+    before = digests(out)
+    shutil.copy(paths(toy)[4], tmp_path / "a" / "1.mp4")  # mended
+    prepare(mine, out, **HOW)
+    changed = digests(out)
+    assert {name for name in before if before[name] != changed[name]} == {"clips/1.npz"}
+    prepare((tmp_path / "a").rename(tmp_path / "moved") / "mine.csv", out, **HOW)
+    again = digests(out)
+    assert all(again[name] == changed[name] for name in changed if name.endswith("npz"))
+    assert list(prepared_corpus(out).table["clip"]) == ["1", "2"]
 
 
 def test_clips_of_another_corpus_are_refused(toy, copy, tmp_path):
@@ -777,6 +815,90 @@ def test_processes_that_start_together_prepare_once(toy, tmp_path):
     for p in started: p.join()
     assert [p.exitcode for p in started] == [0, 0] and counted.empty()
     assert told.count(16) == 2 and len(set(told) - {16}) == 16
+
+
+def of_a_group(rank, port, toy, work):
+    "One of two processes whose barriers wait for two seconds; the preparation takes four or more."
+    torch.set_num_threads(1)  # threads do not survive a fork
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0)
+
+    def meet(place):
+        "So that a slow machine is not taken for a barrier that waits too long."
+        store.set(f"{place} {rank}", "here")
+        store.wait([f"{place} 0", f"{place} 1"])
+    meet("start")
+    two_seconds = timedelta(seconds=2)
+    torch.distributed.init_process_group("gloo", timeout=two_seconds, store=store, world_size=2, rank=rank)
+    real = P._pack_clip
+    P._pack_clip = lambda *args: (time.sleep(0.25), real(*args))[1]
+    assert len(open_clips(toy, tiny(), work, faces="none", workers=0, progress=False)) == 16
+    meet("end")
+    torch.distributed.barrier()
+    meet("after")
+    os._exit(0)
+
+
+def test_a_preparation_may_outlast_a_barrier(toy, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=of_a_group, args=(rank, port, toy, tmp_path / "work")) for rank in (0, 1)]
+    for job in jobs: job.start()
+    for job in jobs: job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert len(prepared_corpus(tmp_path / "work")) == 16
+
+
+# ---- a download that is not finished ----
+def downloading(folder, asked, came=()):
+    "What `download` writes down in the folder that it fills."
+    folder.mkdir(exist_ok=True)
+    note = dict(asked=list(asked), actors={speaker: ["a clip"] for speaker in came})
+    (folder / "downloaded.json").write_text(json.dumps(note))
+    return folder
+
+
+def test_a_set_that_a_download_fills_is_opened_with_those_who_came(toy, tmp_path, monkeypatch, caplog):
+    out = downloading(tmp_path / "out", ["01", "02", "03"])
+    prepare(toy / "Actor_01", out, **HOW)
+    def stop(): raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        at_clip(m, 3, stop)
+        prepare(toy / "Actor_02", out, **HOW)
+    clips = open_clips(out, tiny(), tmp_path / "unused")
+    assert clips.corpus.speakers == ["01"] and len(clips) == 8 and len(clips_are(out)) == 11
+    [told] = caplog.messages
+    one_sentence(told, out, "is not finished", "02, 03 of RAVDESS", "run it again", "8 clips")
+    downloading(out, ["01"])  # all have come: what lies there beside them has another reason
+    with pytest.raises(MmferError, match="half done: run its download again"): prepared_corpus(out)
+
+
+def test_a_finished_download_is_opened_in_silence(toy, tmp_path, caplog):
+    out = downloading(tmp_path / "out", ["01", "02"])
+    prepare(toy, out, **HOW)
+    assert len(open_clips(out, tiny(), tmp_path / "unused")) == 16 and not caplog.messages
+    (out / "clips" / f"{clips_are(out)[0]}.npz").unlink()
+    with pytest.raises(MmferError, match="has lost the clip .*: run its download again"): prepared_corpus(out)
+
+
+def test_clips_of_an_unfinished_download_are_prepared(corpus, tmp_path, caplog):
+    downloading(corpus, ["01", "02", "07"])
+    clips = open_clips(corpus, tiny(), tmp_path / "work", faces="none", workers=0, progress=False)
+    [told] = caplog.messages
+    assert len(clips) == 16
+    one_sentence(told, corpus, "is not finished, 07 of RAVDESS will be missing")
+
+
+def test_a_download_of_which_nobody_has_come_is_told(tmp_path):
+    folder = downloading(tmp_path / "set", ["01"])
+    for call in (lambda: open_clips(folder, tiny(), tmp_path / "work"), lambda: corpus_of(folder),
+                 lambda: prepare(folder, tmp_path / "work", **HOW)):
+        with pytest.raises(MmferError) as e: call()
+        one_sentence(e, folder, "a download of which no clip has come yet: run it again")
+    assert not (tmp_path / "work" / "prepared.json").exists()
+
+
+def test_a_prepared_set_is_not_prepared_again(copy, tmp_path):
+    with pytest.raises(MmferError, match="is a prepared set already"): prepare(copy, tmp_path / "out", **HOW)
 
 
 # ---- real faces and voices ----

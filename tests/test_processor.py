@@ -47,6 +47,12 @@ def test_a_file_a_clip_and_a_face_clip_give_the_same_inputs(toy):
         for key, value in processor(source).items(): assert torch.equal(value, processor(path)[key])
 
 
+def test_inputs_go_to_the_device_that_is_asked_for(toy):
+    path = toy.table.path[0]
+    assert {values.device.type for values in plain()(path).values()} == {"cpu"}
+    assert {values.device.type for values in plain()(path, device="meta").values()} == {"meta"}
+
+
 def test_several_clips_become_one_batch(toy):
     both = plain()(toy.table.path[:2].tolist())
     assert len(both["audio"]) == 2

@@ -6,21 +6,23 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mmfer import runs
 from mmfer.core import MmferError, seed_everything
 from mmfer.corpus import RAVDESS_EMOTIONS
 from mmfer.model import MultimodalFER, preset_config
-from mmfer.runs import Checkpoints, RunFolder
+from mmfer.runs import Checkpoints, RunFolder, checksum, disk_need
 from mmfer.trainer import RECIPES, Trainer
 from test_trainer import Clips, without_times
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = 5  # of an epoch: nine clips, two a batch; with accumulation 2 the last group is half
 RECIPE = replace(RECIPES["tiny"], epochs=2, batch_size=2, accumulation=2, warmup_epochs=0.5, save_batches=1,
-                 mixup=0.4, augment=True, class_weights=True, alignment_loss=0.1)
+                 mixup=0.4, augment=["audio", "video"], class_weights=True, alignment_loss=0.1)
 
 
 class Cut(Exception):
@@ -80,12 +82,57 @@ def test_cut_off_anywhere_and_resumed_is_the_unbroken_run(stop_at, unbroken, tmp
 
 @pytest.mark.parametrize("stop_at, changes", [
     (6, dict(schedule="restarts", save_batches=0)),
-    (8, dict(schedule="plateau", warmup_epochs=0.0, freeze=["audio"])),
+    (8, dict(schedule="plateau", warmup_epochs=0.0, keep_last=False)),
     (7, dict(workers=1))])
 def test_other_settings_resume_exactly_too(stop_at, changes, tmp_path):
     whole = trainer(tmp_path / "whole", **changes)
     whole.fit()
     assert_same(break_and_resume(tmp_path / "cut", stop_at, **changes), result(whole))
+
+
+def test_what_is_frozen_is_in_no_checkpoint_and_must_be_the_same(tmp_path):
+    frozen = dict(freeze=["audio", "visual"], audio_loss=0.0, visual_loss=0.0, alignment_loss=0.0)
+    whole = trainer(tmp_path / "whole", **frozen)
+    whole.fit()
+    with pytest.raises(Cut): trainer(tmp_path / "cut", stop_at=6, **frozen).fit()
+    state = RunFolder(tmp_path / "cut").checkpoints.load()
+    assert {name.split(".")[1] for name in state["objective"]} == {"fusion", "classifier", "class_weights"}
+    with pytest.raises(MmferError, match="other weights in its frozen audio and visual: go on as it began"):
+        trainer(tmp_path / "cut", resume=True, seed=99, **frozen).fit()
+    again = trainer(tmp_path / "cut", resume=True, **frozen)  # built as before: the frozen parts are the same
+    again.fit()
+    assert_same(result(again), result(whole))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(keep_last=True), dict(keep_last=False), dict(save_every=1), dict(freeze=["audio"])])
+def test_a_run_needs_as_much_disk_as_it_says(changes, tmp_path, monkeypatch):
+    "Measured when a new checkpoint is whole and the one before it is still there."
+    config = preset_config("tiny", RAVDESS_EMOTIONS, "early")
+    config.audio = replace(config.audio, d_model=256, layers=1)
+    config.visual = replace(config.visual, ffn=8000)  # so that only the numbers in a file count
+    sizes = []
+    monkeypatch.setattr(runs, "checksum", lambda path: sizes.append(size(tmp_path)) or checksum(path))
+    recipe = replace(RECIPES["tiny"], epochs=3, **changes)
+    made = Trainer(MultimodalFER(config), recipe, Clips(2), Clips(2), tmp_path)
+    made.fit()
+    need = disk_need(made.model, made.config)
+    assert size(tmp_path / "checkpoint") == pytest.approx(need["checkpoints"], rel=0.02)
+    assert size(tmp_path / "best") + size(tmp_path / "last") == pytest.approx(need["models"], rel=0.01)
+    assert need["total"] == sum(need.values()) / 2
+    is_peak = not {"freeze", "save_every"} & changes.keys()  # elsewhere another file would be the largest
+    if is_peak: assert max(sizes) == pytest.approx(need["total"], rel=0.02)
+    assert max(sizes) < 1.02 * need["total"]
+
+
+def size(folder): return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+    with pytest.raises(MmferError, match="models and checkpoints need .*run, and the disk has 0.001 GB"):
+        trainer(tmp_path / "run").fit()
+    assert not (tmp_path / "run" / "checkpoint").exists()
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +271,7 @@ def test_a_data_folder_that_vanished_and_came_back(workers, tmp_path, unbroken):
 
 
 def test_checkpoints_are_kept_every_so_many_epochs(tmp_path):
-    made = trainer(tmp_path / "run", epochs=3, save_every=2, save_batches=0, augment=False)
+    made = trainer(tmp_path / "run", epochs=3, save_every=2, save_batches=0, augment=[])
     made.fit()
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == [
         "00002-0000000.json", "00002-0000000.pt", "00003-0000000.json", "00003-0000000.pt"]

@@ -2,6 +2,7 @@
 import json
 import random
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from mmfer.model import MultimodalFER
 from mmfer.processor import Processor
 from mmfer.runs import (
     Checkpoints, RunFolder, checksum, durable_write, load_run, require_same_run, rng_state, run_facts,
-    save_run, set_rng_state, smaller_setting, user_errors)
+    save_run, set_rng_state, smaller_setting, user_errors, weights_checksum)
 from mmfer.trainer import TrainConfig
+from mmfer.weights import Origin
 
 EMOTIONS = ("happy", "sad", "cross")
 SPLIT = dict(corpus="toy", train=["01", "02"], val=["03"])
@@ -153,6 +155,22 @@ def test_one_training_at_a_time(tmp_path):
     with RunFolder(tmp_path).lock(): pass
 
 
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=8), st.data())
+def test_a_checksum_of_weights_sees_every_bit_and_every_name(values, data):
+    module = torch.nn.Module()
+    module.register_buffer("a", torch.tensor(values, dtype=torch.uint8))
+    other = torch.nn.Module()
+    place = data.draw(st.integers(0, len(values) - 1))
+    changed = torch.tensor(values, dtype=torch.uint8)
+    changed[place] ^= 1 << data.draw(st.integers(0, 7))
+    other.register_buffer("a", changed)
+    renamed = torch.nn.Module()
+    renamed.register_buffer("b", module.a)
+    assert len({*map(weights_checksum, (module, other, renamed))}) == 3
+    other.a = module.a.clone()
+    assert weights_checksum(other) == weights_checksum(module)
+
+
 def test_a_model_is_replaced_whole(model, processor, tmp_path):
     run = RunFolder(tmp_path)
     run.save_model(model, "best", processor, SPLIT)
@@ -175,8 +193,9 @@ def test_a_model_is_replaced_whole(model, processor, tmp_path):
 CLIPS = pd.Series({"a": 0, "b": 1, "c": 0})
 
 
-def facts(model, train=CLIPS, val=CLIPS, easiest=None, processes=1, **changes):
-    return run_facts(model, TrainConfig(**changes), train, val, easiest, processes)
+def facts(model, train=CLIPS, val=CLIPS, frozen=None, easiest=None, processes=1, **changes):
+    clips = dict(training=train, validation=val)
+    return run_facts(model, TrainConfig(**changes), clips, frozen or {}, easiest, processes)
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -198,8 +217,29 @@ def test_a_difference_deep_in_the_model_is_named(model, tmp_path):
         require_same_run(facts(model), facts(other), tmp_path)
 
 
+def test_other_frozen_weights_are_named(model, tmp_path):
+    tower = {"visual.vision": model.visual.vision}
+    require_same_run(facts(model, frozen=tower), facts(model, frozen=dict(tower)), tmp_path)
+    other = MultimodalFER.from_preset("tiny", EMOTIONS).visual.vision
+    other.load_state_dict(model.visual.vision.state_dict())
+    with torch.no_grad(): next(other.parameters()).view(-1)[0] += 1e-7  # a single bit is enough
+    said = f"{tmp_path} was trained with other weights in its frozen visual.vision"
+    with pytest.raises(MmferError, match=said):
+        require_same_run(facts(model, frozen=tower), facts(model, frozen={"visual.vision": other}), tmp_path)
+    with pytest.raises(MmferError, match="other weights in its frozen visual.vision"):
+        require_same_run(facts(model, frozen=tower), facts(model), tmp_path)
+
+
+def test_other_origins_are_named(model, tmp_path):
+    then = facts(model)
+    other = MultimodalFER(model.config)
+    other.config = replace(model.config, origins=[Origin("audio", "a.nemo", "1", 2, 17, "none", 1.0)])
+    with pytest.raises(MmferError, match="origins.audio=None, now it is 'a.nemo 1, 2 layers'"):
+        require_same_run(then, facts(other), tmp_path)
+
+
 def test_what_does_not_change_the_result_may_differ(model, tmp_path):
-    free = dict(workers=3, save_every=2, save_batches=5, trackers=["tensorboard"])
+    free = dict(workers=3, keep_last=False, save_every=2, save_batches=5, trackers=["tensorboard"])
     assert {*free} == {*runs.MAY_CHANGE}
     require_same_run(facts(model), facts(model, **free), tmp_path)
 

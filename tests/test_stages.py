@@ -16,10 +16,12 @@ from mmfer import stages
 from mmfer.core import MmferError, seed_everything, to_dict
 from mmfer.model import FEROutput, MultimodalFER, preset_config
 from mmfer.processor import collate, model_inputs
+from mmfer.runs import disk_need
 from mmfer.stages import (
     Stage, StagesConfig, diff_stages, difficulty, join_branches, judge_branches, load_stages, one_stage,
-    run_stages, save_stages, three_stages)
+    plan_stages, run_stages, save_stages, stages_disk_need, three_stages, weights_in_stages)
 from mmfer.trainer import RECIPES, TrainConfig, Trainer
+from mmfer.weights import Origin
 
 EMOTIONS = tuple("abcdefgh")
 CONFIG = replace(RECIPES["tiny"], epochs=5, batch_size=2)  # 2, 1 and 2 epochs
@@ -87,8 +89,9 @@ def test_frozen_parts_stand_still_with_their_batchnorm(unbroken):
 
 def test_the_folder_of_a_run(unbroken):
     out, _, model = unbroken
-    files = {"1_branches", "2_fusion", "3_end_to_end", "best", "stages.json", "training_history.json"}
-    assert {p.name for p in out.iterdir()} == files | {".lock"}
+    folders = {"1_branches", "2_fusion", "3_end_to_end", "best"}
+    files = {"stages.json", "training_history.json", "weights.json", ".lock"}
+    assert {p.name for p in out.iterdir()} == folders | files
     assert load_stages(out / "stages.json") == three_stages(CONFIG)
     rows = json.loads((out / "training_history.json").read_text())
     told = [("branches", 0), ("branches", 1), ("fusion", 0), ("end_to_end", 0), ("end_to_end", 1)]
@@ -104,9 +107,9 @@ def test_each_stage_starts_from_the_best_of_the_one_before(tmp_path, monkeypatch
     train_stage = stages._train_stage
     for rate in ("lr_branches", "lr_fusion", "lr_classifier"): setattr(plan.stages[2].config, rate, 0.0)
 
-    def stop_before_the_end(model, before, stage, *rest):
+    def stop_before_the_end(model, before, stage, *rest, **settings):
         if stage.name == "end_to_end": raise KeyboardInterrupt
-        return train_stage(model, before, stage, *rest)
+        return train_stage(model, before, stage, *rest, **settings)
     monkeypatch.setattr(stages, "_train_stage", stop_before_the_end)
     with pytest.raises(KeyboardInterrupt): run_stages(build(), plan, Clips(), Clips(3), tmp_path)
     monkeypatch.undo()
@@ -155,6 +158,114 @@ def test_what_comes_in_frozen_stays_frozen(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in model.visual.vision.state_dict().items())
     assert not any(p.requires_grad for p in model.visual.vision.parameters())
     assert all(p.requires_grad for p in model.fusion.parameters())
+
+
+def loaded(*parts):
+    "A tiny model that believes that these parts come from a checkpoint."
+    model = build()
+    note = dict(source="a checkpoint", revision="1", layers=2, held=2, licence="none", megabytes=1.0)
+    model.config.origins = [Origin(part=part, **note) for part in parts]
+    return model
+
+
+def test_loaded_parts_thaw_in_the_last_stage(tmp_path):
+    model = loaded("audio", "vision", "fusion")
+    model.visual.freeze()
+    inside = {part: f"{name}." for part, name in
+              dict(audio="audio.encoder", vision="visual.vision", fusion="fusion.backbone").items()}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = three_stages(replace(CONFIG, thaw_vision=1, lr_branches_loaded=1e-3, lr_fusion_loaded=1e-3))
+    run_stages(model, plan, Clips(), Clips(3), tmp_path)
+    one, two, three = (weights(tmp_path / f / "best") for f in ("1_branches", "2_fusion", "3_end_to_end"))
+
+    def moved(a, b): return {k for k in b if not torch.equal(a[k], b[k])}
+    early = moved(before, one) | moved(one, two)
+    assert early and not any(k.startswith(tuple(inside.values())) for k in early)
+    late = moved(two, three)
+    assert all(any(k.startswith(prefix) for k in late) for prefix in inside.values())
+    assert not any("running" in k and k.startswith(inside["audio"]) for k in late)
+    blocks = {k.split(".")[4] for k in late if k.startswith("visual.vision.encoder.")}
+    assert blocks == {"1"} and not any(k.startswith("visual.vision.embeddings.") for k in late)
+    assert not any(p.requires_grad for p in model.visual.vision.parameters())
+
+
+def test_the_plan_of_the_weights_is_told_stage_by_stage(tmp_path):
+    model = loaded("audio")
+    plan = three_stages(CONFIG)
+    table = weights_in_stages(model, plan)
+    states = table.pivot(index="part", columns="stage", values="state")
+    assert states.loc["audio"].to_dict() == dict(branches="frozen", fusion="frozen", end_to_end="trained")
+    assert states.loc["fusion"].to_dict() == dict(branches="frozen", fusion="random", end_to_end="random")
+    assert states.loc["vision"].to_dict() == dict(branches="random", fusion="frozen", end_to_end="random")
+    stages._begin(model, plan, tmp_path / "run", resume=False)
+    assert json.loads((tmp_path / "run" / "weights.json").read_text()) == table.to_dict("records")
+    with torch.device("meta"): shapes = MultimodalFER(model.config)
+    assert weights_in_stages(shapes, plan).equals(table)
+    assert stages_disk_need(shapes, plan) == stages_disk_need(model, plan)
+
+
+def test_a_run_with_other_weights_is_refused_even_when_it_is_finished(tmp_path):
+    def weigh(source):
+        model = loaded("audio")
+        model.config.origins[0].source = source
+        return model
+
+    run_stages(weigh("a.nemo"), one_stage(CONFIG), Clips(2), Clips(3), tmp_path)
+    run_stages(weigh("a.nemo"), one_stage(CONFIG), Clips(2), Clips(3), tmp_path, resume=True)
+    said = "begun with other weights .audio is from a.nemo 1 2 of 2 there and from b.nemo 1 2 of 2 here."
+    with pytest.raises(MmferError, match=said):
+        run_stages(weigh("b.nemo"), one_stage(CONFIG), Clips(2), Clips(3), tmp_path, resume=True)
+
+
+def size(folder): return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_finished_stage_needs_no_checkpoint_any_more(keep, tmp_path):
+    plan = three_stages(replace(CONFIG, save_every=keep))
+    model = run_stages(build(), plan, Clips(), Clips(3), tmp_path)
+    left = {p.parent.parent.name for p in tmp_path.glob("*/checkpoint/*.pt")}
+    assert left == ({"1_branches", "2_fusion", "3_end_to_end"} if keep else set())
+    need = stages_disk_need(model, plan)
+    if not keep: assert size(tmp_path) == pytest.approx(need["models"], rel=0.03)
+    assert size(tmp_path) < need["total"] == sum(need.values()) / 2
+
+
+def test_a_checkpoint_left_by_a_kill_goes_with_the_next_start(tmp_path, unbroken):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    left = tmp_path / "run" / "1_branches" / "checkpoint"
+    left.mkdir()
+    run_stages(build(norm="batch"), three_stages(CONFIG), Clips(6), Clips(3), tmp_path / "run", resume=True)
+    assert not left.exists()
+
+
+def test_a_disk_that_is_too_small_for_all_stages_is_refused_at_once(tmp_path, monkeypatch):
+    model = build()
+    need = stages_disk_need(model, three_stages(CONFIG))["total"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=need - 1))
+    with pytest.raises(MmferError, match="models and checkpoints need .* make room"):
+        run_stages(model, three_stages(CONFIG), Clips(), Clips(3), tmp_path / "run")
+    assert not (tmp_path / "run" / "stages.json").exists()
+    assert need > disk_need(model, CONFIG)["total"]
+
+
+def test_whoever_watches_sees_all_stages(tmp_path):
+    told = []
+    def tell(history, seconds_left): told.append(([row["stage"] for row in history], seconds_left))
+    run_stages(build(), three_stages(CONFIG), Clips(), Clips(3), tmp_path, on_epoch=tell)
+    names = ["branches", "branches", "fusion", "end_to_end", "end_to_end"]
+    assert [stages for stages, _ in told] == [names[:1], names[:2], names[:3], names[:4], names, names]
+    assert all(left > 0 for _, left in told[:4]) and [left for _, left in told[4:]] == [0, 0]
+    first = json.loads((tmp_path / "training_history.json").read_text())[0]["seconds"]
+    assert told[0][1] == pytest.approx(4 * first)  # one epoch to come here and three in later stages
+
+
+@pytest.mark.parametrize("name, pretrained, n", [
+    ("one", True, 1), ("three", False, 3), ("auto", True, 3), ("auto", False, 1)])
+def test_a_plan_is_chosen_by_name(name, pretrained, n):
+    assert len(plan_stages(name, CONFIG, pretrained).stages) == n
+    with pytest.raises(MmferError, match="stages 'two' is unknown: choose one of one, three, auto"):
+        plan_stages("two", CONFIG, pretrained)
 
 
 @pytest.mark.parametrize("system", ["audio_only", "visual_only", "late"])

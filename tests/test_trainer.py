@@ -18,6 +18,7 @@ from mmfer import trainer as trainer_module
 from mmfer.augment import clip_seed, mix_batch
 from mmfer.core import MmferError, seed_everything
 from mmfer.corpus import RAVDESS_EMOTIONS, Corpus
+from mmfer.fusion import SYSTEMS
 from mmfer.losses import class_weights
 from mmfer.model import MultimodalFER, preset_config
 from mmfer.processor import ClipDataset, Processor, collate, model_inputs
@@ -25,7 +26,9 @@ from mmfer.runs import load_run
 from mmfer.toy import make_toy
 from mmfer.trainer import (
     RECIPES, ClipOrder, TrainConfig, Trainer, Updater, best_row, clip_labels, epochs_without_gain,
-    make_accelerator, make_loss, make_schedule, parameter_groups, training_mode, with_min_updates)
+    frozen_as, frozen_modules, make_accelerator, make_loss, make_schedule, parameter_groups, training_mode,
+    weights_plan, with_min_updates)
+from mmfer.weights import Origin
 
 RECIPE = replace(RECIPES["tiny"], epochs=2, batch_size=2, warmup_epochs=0.5)
 TIMES = ("seconds", "data_wait")
@@ -50,6 +53,14 @@ class Clips(torch.utils.data.Dataset):
 def tiny(seed=0, system="lfm2"):
     seed_everything(seed)
     return MultimodalFER.from_preset("tiny", RAVDESS_EMOTIONS, system)
+
+
+def loaded(*parts, system="lfm2"):
+    "A tiny model that believes that these parts come from a checkpoint."
+    model = tiny(system=system)
+    note = dict(source="a checkpoint", revision="1", layers=2, held=3, licence="none", megabytes=1.5)
+    model.config.origins = [Origin(part=part, **note) for part in parts]
+    return model
 
 
 def build(out, data=None, kind=Trainer, model=None, val=None, **changes):
@@ -116,12 +127,13 @@ def test_it_is_the_plain_loop(tmp_path):
 
 
 def test_workers_change_nothing(tmp_path):
-    histories = [run(tmp_path / str(n), workers=n, augment=True, mixup=0.3).progress.history for n in (0, 1)]
+    changes = dict(augment=["audio", "video"], mixup=0.3)
+    histories = [run(tmp_path / str(n), workers=n, **changes).progress.history for n in (0, 1)]
     assert without_times(histories[0]) == without_times(histories[1])
 
 
 @pytest.mark.parametrize("changes", [
-    dict(augment=True), dict(mixup=0.4), dict(label_smoothing=0.0), dict(max_grad_norm=0.1)])
+    dict(augment=["audio", "video"]), dict(mixup=0.4), dict(label_smoothing=0.0), dict(max_grad_norm=0.1)])
 def test_what_changes_the_training_changes_its_loss(changes, tmp_path):
     plain = run(tmp_path / "plain").progress.history
     changed = run(tmp_path / "changed", **changes).progress.history
@@ -383,7 +395,89 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tmp_path):
     assert same(dict(trainer.model.named_parameters()), before)
 
 
-# frozen parts
+# loaded weights and frozen parts
+
+def test_loaded_and_fresh_weights_have_their_own_rates(tmp_path):
+    names = ("branches", "branches_loaded", "fusion", "fusion_loaded", "classifier")
+    rates = {f"lr_{name}": rate for name, rate in zip(names, (1e-4, 2e-4, 3e-4, 4e-4, 5e-4))}
+    model = loaded("audio", "vision", "fusion")
+    trainer = build(tmp_path, model=model, warmup_epochs=0.0, alignment_loss=0.1, **rates)
+    modules = {1e-4: (model.audio, model.visual), 2e-4: (model.audio.encoder, model.visual.vision),
+               3e-4: (model.fusion, trainer.objective.loss), 4e-4: (model.fusion.backbone,),
+               5e-4: (model.classifier,)}
+    wanted = {id(p): rate for rate, parts in modules.items() for part in parts for p in part.parameters()}
+    assert {id(p): g["lr"] for g in trainer.updater.optimizer.param_groups for p in g["params"]} == wanted
+    fresh = (model.visual.roi.scorer[1].weight, model.audio.head.linear.weight)
+    assert [wanted[id(p)] for p in fresh] == [1e-4] * 2
+
+
+def test_loaded_parts_are_frozen_where_they_are(tmp_path):
+    model = loaded("audio", "fusion")
+    before = copy_of(model)
+    run(tmp_path, model=model, epochs=1, freeze=["loaded"])
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert not any(k.startswith(("audio.encoder.", "fusion.backbone.")) for k in moved)
+    assert {"audio.head.linear.weight", "visual.roi.scorer.1.weight", "classifier.mlp.2.weight"} <= moved
+    assert list(frozen_modules(model)) == ["audio.encoder", "fusion.backbone"]
+    training_mode(model)
+    assert not any(m.training for m in model.audio.encoder.modules()) and model.audio.head.training
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(gradient_checkpointing=True), dict(freeze=["loaded"]), dict(freeze=["audio"])])
+def test_batch_norm_of_a_loaded_or_frozen_encoder_keeps_its_statistics(changes, tmp_path):
+    model = loaded("audio")
+    before = copy_of(model)
+    run(tmp_path, model=model, epochs=1, **changes)
+    after = model.state_dict()
+    averages = [k for k in before if "running" in k or "num_batches" in k]
+    assert len(averages) == 6 and all(torch.equal(after[k], before[k]) for k in averages)
+    weight = "audio.encoder.layers.0.norm_out.weight"
+    assert torch.equal(after[weight], before[weight]) == ("freeze" in changes)
+
+
+def test_thawed_blocks_of_the_vision_tower_learn_and_no_others():
+    model = loaded("audio", "vision")
+    model.visual.freeze()
+    with frozen_as(model, TrainConfig(freeze=["loaded"], thaw_vision=1)):
+        still = {k.removeprefix("visual.vision.") for k in frozen_modules(model) if k.startswith("visual.")}
+        assert still == {"embeddings", "encoder.layers.0"}
+        groups = parameter_groups(model, TrainConfig())
+        assert [g["name"] for g in groups] == ["branches", "branches_loaded", "fusion", "classifier"]
+    assert not any(p.requires_grad for p in model.visual.vision.parameters())
+    assert all(p.requires_grad for p in model.audio.parameters())
+
+
+def test_more_blocks_than_the_tower_has_are_refused(tmp_path):
+    with pytest.raises(MmferError, match="the tower has 2 blocks"): build(tmp_path, thaw_vision=3)
+    build(tmp_path, model=tiny(system="audio_only"), thaw_vision=3)  # there is no tower
+
+
+def test_the_plan_says_what_becomes_of_each_part(tmp_path):
+    model = loaded("audio", "vision")
+    model.visual.freeze()
+    plan = weights_plan(model, TrainConfig(lr_branches_loaded=3e-5, lr_fusion=2e-4)).set_index("part")
+    assert plan.state.to_dict() == {
+        "audio": "trained", "vision": "frozen", "fusion": "random", "the rest": "random"}
+    rates = {"audio": "3e-05", "vision": "", "fusion": "0.0002", "the rest": "0.0001, 0.0002, 0.0003"}
+    assert plan.rate.to_dict() == rates
+    assert plan.source.to_dict() == {
+        "audio": "a checkpoint", "vision": "a checkpoint", "fusion": "random", "the rest": "random"}
+    assert all(p.requires_grad for p in model.audio.parameters())
+    trainer = run(tmp_path, Clips(2), model=model, epochs=1, freeze=["loaded"])
+    rows = json.loads((tmp_path / "weights.json").read_text())
+    assert rows == weights_plan(trainer.model, trainer.config).to_dict("records")
+    assert [row["state"] for row in rows] == ["frozen", "frozen", "random", "random"]
+
+
+@pytest.mark.parametrize("name", ["lightweight", "full"])
+def test_the_recipes_use_what_the_design_names(name):
+    recipe = RECIPES[name]
+    assert (recipe.mixup, recipe.patience, recipe.min_delta, recipe.label_smoothing) == (0.2, 15, 0.001, 0.1)
+    assert (recipe.lr_branches_loaded, recipe.lr_fusion_loaded, recipe.lr_classifier) == (1e-5, 5e-5, 1e-4)
+    assert recipe.warmup_epochs == 5 and recipe.batch_size * recipe.accumulation == 16
+    assert "audio" in recipe.augment and ("video" in recipe.augment) == (name == "full")
+
 
 def test_a_frozen_part_keeps_its_running_averages_and_drops_nothing(tmp_path):
     model = tiny()
@@ -392,7 +486,7 @@ def test_a_frozen_part_keeps_its_running_averages_and_drops_nothing(tmp_path):
     kept = {k: torch.equal(v, before[k]) for k, v in model.state_dict().items()}
     assert all(kept[k] for k in kept if k.startswith(("audio.", "classifier.")))
     assert not any(v for k, v in kept.items() if k.startswith("fusion.") and k.endswith("proj.weight"))
-    training_mode(trainer.objective, trainer.frozen)
+    training_mode(trainer.objective)
     assert not any(m.training for part in (model.audio, model.classifier) for m in part.modules())
     assert model.fusion.training
 
@@ -404,7 +498,8 @@ def test_what_was_frozen_before_stays_frozen(tmp_path):
     trainer = run(tmp_path, model=model, epochs=1)
     assert same(dict(model.visual.named_parameters()), before)
     trained = sum(len(g["params"]) for g in parameter_groups(model, RECIPE))
-    assert trained == sum(p.requires_grad for p in model.parameters()) and trainer.frozen == []
+    assert trained == sum(p.requires_grad for p in model.parameters())
+    assert list(frozen_modules(trainer.model)) == ["visual"]
 
 
 def test_all_frozen_is_refused(tmp_path):
@@ -416,7 +511,7 @@ def test_all_frozen_is_refused(tmp_path):
     ("audio_only", "visual"), ("visual_only", "audio"), ("late", "classifier")])
 def test_a_part_that_a_system_does_not_have_may_be_frozen(system, part, tmp_path):
     trainer = run(tmp_path, Clips(2), model=tiny(system=system), epochs=1, freeze=[part])
-    assert trainer.frozen == [] and math.isfinite(trainer.progress.history[0]["train_loss"])
+    assert not frozen_modules(trainer.model) and math.isfinite(trainer.progress.history[0]["train_loss"])
 
 
 # the best epoch
@@ -472,7 +567,7 @@ def test_validation_is_in_evaluation_mode(tmp_path):
     model = MultimodalFER(config)
     val = Clips(6)
     trainer = build(tmp_path, model=model, val=val, label_smoothing=0.0, audio_loss=0.0, visual_loss=0.0)
-    training_mode(trainer.objective, [])
+    training_mode(trainer.objective)
     before = copy_of(model)
     found = trainer.validate()
     assert same(model.state_dict(), before)  # BatchNorm has not averaged
@@ -501,8 +596,10 @@ def test_training_goes_on_in_training_mode_after_a_validation(tmp_path):
 def test_gradient_checkpointing_changes_nothing_but_the_memory(tmp_path):
     plain = run(tmp_path / "a", epochs=1).model
     saving = run(tmp_path / "b", epochs=1, gradient_checkpointing=True).model
-    for p, q in zip(plain.parameters(), saving.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    ours = saving.state_dict()
+    assert any("running_mean" in name for name in ours)  # averages, which a second pass would move
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def checkpointed(model):
@@ -522,6 +619,16 @@ def test_the_vision_tower_is_compiled_when_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     trainer = run(tmp_path, Clips(2), epochs=1, compile=True)
     assert compiled == [trainer.model.visual.vision]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_trains_in_bf16(system, tmp_path):
+    trainer = run(tmp_path, Clips(4), model=tiny(system=system), epochs=1, precision="bf16")
+    row = trainer.progress.history[0]
+    assert trainer.progress.step == 2 and math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])
+    plain = run(tmp_path / "plain", Clips(4), model=tiny(system=system), epochs=1).progress.history[0]
+    assert row.keys() == plain.keys() and row["train_loss"] == pytest.approx(plain["train_loss"], abs=0.1)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
 def test_another_precision_in_the_same_process(tmp_path):
@@ -545,6 +652,35 @@ def test_what_a_step_returns_is_in_the_history(tmp_path):
         def train_step(self, batch): return super().train_step(batch) | dict(clips=len(batch["clip"]))
 
     assert run(tmp_path, kind=Counting, epochs=1).progress.history[0]["train_clips"] == pytest.approx(5 / 3)
+
+
+def test_whoever_watches_is_told_after_every_epoch(tmp_path):
+    told = []
+    def tell(history, seconds_left): told.append((len(history), seconds_left, history[-1]["val_uar"]))
+    recipe = replace(RECIPE, epochs=3)
+    trainer = Trainer(tiny(), recipe, Clips(2), Clips(3), tmp_path, on_epoch=tell)
+    rows = trainer.fit()
+    assert [epochs for epochs, _, _ in told] == [1, 2, 3]
+    assert [uar for _, _, uar in told] == [row["val_uar"] for row in rows]
+    seconds = [row["seconds"] for row in rows]
+    left = [seconds_left for _, seconds_left, _ in told]
+    assert left == pytest.approx([2 * seconds[0], sum(seconds[:2]) / 2, 0])
+    Trainer(tiny(), recipe, Clips(2), Clips(3), tmp_path, resume=True, on_epoch=tell).fit()  # a finished run
+    assert told[3:] == [(3, 0.0, rows[-1]["val_uar"])]
+
+
+@pytest.mark.parametrize("keep_last", [True, False])
+def test_the_last_model_is_written_when_wanted(keep_last, tmp_path):
+    run(tmp_path, Clips(2), epochs=2, keep_last=keep_last)
+    assert (tmp_path / "last").exists() == keep_last and (tmp_path / "best" / "model.safetensors").is_file()
+
+
+def test_a_last_batch_of_one_clip_with_batch_norm(tmp_path):
+    config = preset_config("tiny", RAVDESS_EMOTIONS)
+    config.classifier = replace(config.classifier, norm="batch")
+    seed_everything(0)
+    trainer = run(tmp_path, Clips(5), model=MultimodalFER(config), batch_size=4, epochs=1)
+    assert trainer.progress.step == 2 and math.isfinite(trainer.progress.history[0]["train_loss"])
 
 
 # what is refused
@@ -644,7 +780,7 @@ def test_a_frozen_tower_is_read_from_the_cache(tmp_path):
         assert ("video_tokens" in trainer.val_loader.dataset[0]) == (cache is not None)
     for a, b in zip(*histories, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.01)
-    recipe = replace(RECIPE, augment=True)
+    recipe = replace(RECIPE, augment=["audio", "video"])
     changed = Trainer(model, recipe, Clips(), Clips(3), tmp_path / "changed", cache=tmp_path / "cache")
     assert "video" in changed.val_loader.dataset[0]  # changed pictures cannot come from a cache
 
@@ -660,7 +796,8 @@ def free_port():
 def test_two_processes_are_one(tmp_path):
     """Two gloo processes with batches of two: the losses of one process with batches of four.
 
-    Only the first one writes, no clip is judged twice (there are three), a run of two resumes exactly."""
+    Only the first one writes, a run of two resumes exactly. Validation sees all clips once, in the batches
+    of one process and with the averages that are saved: the figures of one process, to the last bit."""
     import two_processes
     port = free_port()
     context = multiprocessing.get_context("fork")
@@ -669,10 +806,14 @@ def test_two_processes_are_one(tmp_path):
     for child in children: child.start()
     alone = two_processes.train(tmp_path / "alone", 4)
     grouped = two_processes.train(tmp_path / "grouped-alone", 4, accumulation=2)
+    cached = two_processes.train(tmp_path / "cached-alone", 4, cache=tmp_path / "another", **two_processes.STILL)
     for child in children: child.join()
+    entries = [sorted(p.name for p in (tmp_path / name).rglob("*.npy")) for name in ("cache", "another")]
+    assert entries[0] == entries[1] and len(entries[0]) == 8  # the first three clips are those of validation, too
     assert [child.exitcode for child in children] == [0, 0]
     first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["judged"] == second["judged"] == two_processes.judged_again(tmp_path / "judged")
     assert first["whole"] == first["resumed"] and second["whole"]["weights"] == first["whole"]["weights"]
-    for name, one in (("plain", alone), ("grouped", grouped)):
+    for name, one in (("plain", alone), ("grouped", grouped), ("cached", cached)):
         for row, other in zip(first[name]["history"], one["history"], strict=True):
             assert row == pytest.approx(other, rel=1e-5)

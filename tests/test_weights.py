@@ -20,8 +20,9 @@ from mmfer.core import BranchOutput, MmferError, count_parameters, seed_everythi
 from mmfer.fusion import FUSION_PRESETS, SYSTEMS, FusionConfig, build_fusion
 from mmfer.visual import VisualBranch, VisualConfig
 from mmfer.weights import (
-    LFM2_NOTICE, lfm2_sizes, load_audio, load_backbone, load_lfm2, load_nemo, load_siglip, load_vision,
-    read_nemo)
+    LFM2_NOTICE, PRETRAINED, choose_sources, describe_weights, find_weights, fit_sizes, lfm2_sizes,
+    load_audio, load_backbone, load_lfm2, load_nemo, load_siglip, load_vision, nemo_sizes, origins_table,
+    read_nemo, siglip_sizes)
 
 AUDIO, VISUAL = 12, 20
 TINY = FUSION_PRESETS["tiny"]
@@ -73,7 +74,6 @@ def test_load_a_checkpoint_in_the_real_format(tmp_path, whole, form):
     with torch.no_grad(): want, got = model.vision_model(frames), branch.vision(frames)
     torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-6, rtol=0)
     assert got.pooler_output is None and not hasattr(branch.vision, "head")
-    assert str(tmp_path / "w") in branch.weights_from
     assert not any(p.requires_grad for p in branch.vision.parameters())
     assert next(branch.vision.parameters()).dtype == torch.float32
 
@@ -109,7 +109,7 @@ def test_other_sizes_and_empty_folders_are_refused(tmp_path, whole):
     tiny = VisualBranch.from_preset("tiny")
     before = tiny.vision
     with pytest.raises(MmferError, match="hidden_size 32 instead of 64"): load_vision(tiny, folder)
-    assert tiny.vision is before and tiny.weights_from == "random"
+    assert tiny.vision is before
     (tmp_path / "empty").mkdir()
     with pytest.raises(MmferError, match="config.json"): load_siglip(tmp_path / "empty")
 
@@ -267,23 +267,39 @@ def test_nemo_weights_land_in_their_places(tmp_path):
     assert count_parameters(encoder) == sum(weights[k].numel() for k in counted)
 
 
-def test_a_branch_from_nemo_says_so_and_survives_saving(tmp_path):
+def test_a_branch_from_nemo_survives_saving(tmp_path):
     config = copy.deepcopy(CONFIG)
     config["encoder"]["xscaling"] = True
     path = write_nemo(tmp_path / "b.nemo", nemo_weights(), config)
-    b = load_audio(path, pooling="mean", n_emotions=3).eval()
-    assert "b.nemo" in b.weights_from
-    assert b.config == AudioConfig(64, 2, 4, 256, 32, scale_input=True, pooling="mean", n_emotions=3)
-    b.save_pretrained(tmp_path / "saved")
+    assert nemo_sizes(path)["scale_input"]
+    branch = AudioBranch(AudioConfig(**nemo_sizes(path), pooling="mean", n_emotions=3))
+    assert load_audio(branch, path) is branch
+    branch.eval().save_pretrained(tmp_path / "saved")
     loaded = AudioBranch.from_pretrained(tmp_path / "saved").eval()
     sound = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded(sound).logits, b(sound).logits)
+    assert torch.equal(loaded(sound).logits, branch(sound).logits)
 
 
-def test_changes_that_touch_the_weights_are_refused(tmp_path):
+def test_the_first_layers_of_a_nemo_file(tmp_path):
     path = write_nemo(tmp_path / "x.nemo", nemo_weights())
-    with pytest.raises(MmferError, match="missing: layers.2.*and .* more"): load_audio(path, layers=3)
-    with pytest.raises(MmferError, match="pooling"): load_audio(path, pooling="median")
+    branch = AudioBranch(AudioConfig(**nemo_sizes(path) | dict(layers=1)))
+    load_audio(branch, path)
+    whole = load_nemo(path).state_dict()
+    own = branch.encoder.state_dict()
+    assert own.keys() == {key for key in whole if not key.startswith("layers.1.")}
+    for key, weight in own.items(): assert torch.equal(weight, whole[key]), key
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(layers=3), "x.nemo has 2 layers, not 3"), (dict(d_model=32), "d_model is 64 there and 32 here"),
+    (dict(bias=False), "bias is True there and False here"),
+    (dict(scale_input=True), "scale_input is False there and True here")])
+def test_an_encoder_of_other_sizes_is_refused(tmp_path, change, words):
+    path = write_nemo(tmp_path / "x.nemo", nemo_weights())
+    branch = AudioBranch(AudioConfig(**nemo_sizes(path) | change))
+    before = copy.deepcopy(branch.state_dict())
+    with pytest.raises(MmferError, match=words): load_audio(branch, path)
+    for key, weight in branch.state_dict().items(): assert torch.equal(weight, before[key]), key
 
 
 class Code:
@@ -495,9 +511,7 @@ def test_licence_is_said_where_weights_are_loaded(checkpoint):
 @pytest.mark.filterwarnings("ignore:LFM2 weights")
 def test_loaded_backbone_can_be_frozen(checkpoint, freeze):
     fusion = build_fusion(FusionConfig(**lfm2_sizes(checkpoint), out_dim=64), AUDIO, VISUAL)
-    assert fusion.weights_from == "random"
     load_backbone(fusion, checkpoint, freeze)
-    assert str(checkpoint) in fusion.weights_from
     fusion(branch(AUDIO), branch(VISUAL)).features.sum().backward()
     assert all((p.grad is None) == freeze for p in fusion.backbone.parameters())
     assert all(p.grad is not None for p in fusion.projections.parameters())
@@ -542,7 +556,6 @@ def test_fusion_of_other_sizes_is_refused(checkpoint):
     with pytest.raises(MmferError, match="ffn is 176 there and 256 here"): load_backbone(wide, checkpoint)
     words = "causal is True there and False here"
     with pytest.raises(MmferError, match=words): load_backbone(symmetric, checkpoint)
-    assert wide.weights_from == "random"
 
 
 @pytest.mark.parametrize("kind", sorted(set(SYSTEMS) - {"lfm2"}))
@@ -557,3 +570,142 @@ def test_one_load_does_not_loosen_the_next(checkpoint, broken):
         warnings.simplefilter("ignore")
         load_lfm2(folder, 3)
     with pytest.raises(MmferError, match="layers.4.conv.in_proj.weight"): load_lfm2(folder, 6)
+
+
+def test_another_order_of_layers_is_refused(checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text()) | dict(full_attn_idxs=[1, 5, 8, 10, 12, 14])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    fusion = build_fusion(FusionConfig(**lfm2_sizes(checkpoint), out_dim=64), AUDIO, VISUAL)
+    words = "has the layers conv, full_attention, conv.*not conv, conv, full_attention"
+    with pytest.raises(MmferError, match=words): load_backbone(fusion, tmp_path)
+
+
+# --- by name
+
+EMOTIONS = ("calm", "angry", "sad")
+
+
+@pytest.fixture
+def files(tmp_path, whole, checkpoint):
+    "A source per part: a .nemo file, and the folders of a tower and of LFM2."
+    _, weights, config = whole
+    voice = write_nemo(tmp_path / "voice.nemo", nemo_weights())
+    return dict(audio=voice, vision=_write(tmp_path / "tower", weights, config), fusion=checkpoint)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    "A Hub that gives what lies in `tmp_path/hub/<owner>/<name>`; the list of what was asked of it."
+    asked = []
+
+    def snapshot(repo, allow_patterns, local_files_only):
+        asked.append((repo, allow_patterns, local_files_only))
+        folder = tmp_path / "hub" / repo / "snapshots" / ("0123456789" * 4)
+        if not folder.is_dir(): raise OSError("no network")
+        return str(folder)
+
+    monkeypatch.setattr("mmfer.weights.snapshot_download", snapshot)
+    asked.append(tmp_path / "hub")
+    return asked
+
+
+def test_every_default_has_a_part_in_its_preset():
+    for preset in PRETRAINED: assert choose_sources(preset, "lfm2", "pretrained") == PRETRAINED[preset]
+    assert PRETRAINED["tiny"] == {} and PRETRAINED["full"].keys() == {"audio", "vision", "fusion"}
+
+
+@pytest.mark.parametrize("system, parts", [
+    ("audio_only", {"audio"}), ("visual_only", {"vision"}), ("early", {"audio", "vision"}),
+    ("late", {"audio", "vision"}), ("attention", {"audio", "vision"}),
+    ("lfm2", {"audio", "vision", "fusion"})])
+def test_a_system_takes_what_it_has_a_place_for(system, parts):
+    assert choose_sources("full", system, "pretrained").keys() == parts
+    assert choose_sources("full", system, "none") == {}
+    own = choose_sources("full", system, "pretrained")
+    assert choose_sources("full", system, dict.fromkeys(parts, "none")) == {}
+    for part in {"audio", "vision", "fusion"} - parts:
+        with pytest.raises(MmferError, match=f"{system!r} has no place for the {part} weights"):
+            choose_sources("full", system, {part: "owner/name"})
+        assert choose_sources("full", system, {part: "none"}) == own
+
+
+def test_one_part_can_be_changed_alone():
+    changed = choose_sources("lightweight", "lfm2", dict(fusion="owner/name"))
+    assert changed == PRETRAINED["lightweight"] | dict(fusion="owner/name")
+
+
+@pytest.mark.parametrize("weights, words", [
+    ("good", "weights 'good' are unknown"), (dict(face="none"), "part 'face' is unknown"), (None, "None")])
+def test_unknown_words_for_weights_are_refused(weights, words):
+    with pytest.raises(MmferError, match=words): choose_sources("lightweight", "lfm2", weights)
+
+
+def test_a_hub_id_leads_to_its_one_nemo_file(hub):
+    folder = hub[0] / "owner/voice/snapshots" / ("0123456789" * 4)
+    folder.mkdir(parents=True)
+    (folder / "a.nemo").touch()
+    assert find_weights("audio", "owner/voice") == folder / "a.nemo"
+    assert hub[1] == ("owner/voice", ["*.nemo", "README.md"], False)
+    (folder / "b.nemo").touch()
+    with pytest.raises(MmferError, match="one .nemo file and has a.nemo, b.nemo"):
+        find_weights("audio", "owner/voice")
+
+
+def test_a_hub_id_with_a_file(hub):
+    folder = hub[0] / "owner/voice/snapshots" / ("0123456789" * 4)
+    folder.mkdir(parents=True)
+    (folder / "a.nemo").touch()
+    (folder / "b.nemo").touch()
+    assert find_weights("audio", "owner/voice/b.nemo") == folder / "b.nemo"
+    assert hub[1] == ("owner/voice", ["b.nemo", "README.md"], False)
+    with pytest.raises(MmferError, match="owner/voice/c.nemo holds no c.nemo: it has a.nemo, b.nemo"):
+        find_weights("audio", "owner/voice/c.nemo")
+
+
+@pytest.mark.parametrize("fetch", [True, False])
+def test_what_is_missing_and_where_to_put_it(hub, fetch):
+    with pytest.raises(MmferError) as e: find_weights("vision", "owner/tower", fetch)
+    told = str(e.value)
+    assert told.startswith("owner/tower is not on this machine") and "--vision-weights" in told
+    assert ("no network" in told) == fetch and hub[1][2] == (not fetch)
+
+
+def test_a_folder_or_a_file_is_never_asked_of_the_hub(hub, files):
+    assert find_weights("audio", files["audio"]) == files["audio"]
+    assert find_weights("vision", str(files["vision"])) == files["vision"]
+    with pytest.raises(MmferError, match="absent.nemo does not exist"):
+        find_weights("audio", files["audio"].parent / "absent.nemo")
+    assert len(hub) == 1
+
+
+def test_sizes_fit_the_checkpoint(files):
+    audio = fit_sizes("audio", files["audio"], layers=17)
+    assert AudioConfig(**audio) == AudioConfig(64, 2, 4, 256, 32)
+    assert fit_sizes("audio", files["audio"], layers=1)["layers"] == 1
+    assert fit_sizes("vision", files["vision"], layers=1) == siglip_sizes(files["vision"])  # kept whole
+    assert fit_sizes("fusion", files["fusion"], layers=6)["layers"] == 6
+
+
+def test_an_origin_tells_commit_or_checksum(tmp_path, files):
+    store = tmp_path / "models--o--n" / "snapshots" / ("ab" * 20)
+    store.mkdir(parents=True)
+    (store / "model.safetensors").write_bytes((files["vision"] / "model.safetensors").read_bytes())
+    (store / "config.json").write_bytes((files["vision"] / "config.json").read_bytes())
+    (store / "README.md").write_text("---\nlicense: other\nlicense_name: my-own\n---\n")
+    there = describe_weights("vision", "o/n", store, layers=2)
+    assert (there.source, there.revision, there.licence) == ("o/n", "ab" * 20, "my-own")
+    here = describe_weights("vision", files["vision"], files["vision"], layers=2)
+    assert here.source == "tower" and here.licence == "not stated" and here.revision.startswith("sha256:")
+    assert here.megabytes == there.megabytes == (store / "model.safetensors").stat().st_size / 1e6
+    file = files["vision"] / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert describe_weights("vision", files["vision"], files["vision"], layers=2).revision != here.revision
+
+
+def test_the_table_names_random_parts(files):
+    origin = describe_weights("audio", files["audio"], files["audio"], layers=1)
+    table = origins_table([origin], ["audio", "fusion"])
+    assert table.source.to_dict() == {"audio": "voice.nemo", "fusion": "random"}
+    assert table.layers.to_dict() == {"audio": "1 of 2", "fusion": ""}

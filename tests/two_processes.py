@@ -19,6 +19,9 @@ from test_trainer import Clips, without_times
 RECIPE = replace(RECIPES["tiny"], epochs=2, batch_size=2, warmup_epochs=0.5, freeze=["audio"], save_batches=1)
 
 
+STILL = dict(freeze=["audio", "visual"], audio_loss=0.0, visual_loss=0.0)  # so that the tower can be cached
+
+
 class Cut(Exception): pass
 
 
@@ -31,7 +34,7 @@ class Breaking(Trainer):
         return super().train_step(batch)
 
 
-def train(out, batch_size, resume=False, stop_at=-1, dropout=0.0, clips=8, **changes):
+def train(out, batch_size, resume=False, stop_at=-1, dropout=0.0, clips=8, cache=None, **changes):
     "History without times, and a digest of the weights."
     seed_everything(0)
     config = preset_config("tiny", RAVDESS_EMOTIONS)
@@ -39,12 +42,33 @@ def train(out, batch_size, resume=False, stop_at=-1, dropout=0.0, clips=8, **cha
     for part in ("audio", "visual", "fusion", "classifier"):
         setattr(config, part, replace(getattr(config, part), dropout=dropout))
     recipe = replace(RECIPE, batch_size=batch_size, **changes)
-    made = Breaking(MultimodalFER(config), recipe, Clips(clips), Clips(3), out, resume=resume)
+    made = Breaking(MultimodalFER(config), recipe, Clips(clips), Clips(3), out, resume=resume, cache=cache)
     made.stop_at = stop_at
     try: made.fit()
     except Cut: return None
     weights = b"".join(p.detach().numpy().tobytes() for p in made.model.parameters())
     return dict(history=without_times(made.progress.history), weights=hashlib.sha256(weights).hexdigest())
+
+
+def judge(out):
+    recipe = replace(RECIPE, epochs=1, freeze=[], alignment_loss=0.5, class_weights=True)
+    seed_everything(0)
+    model = MultimodalFER(preset_config("tiny", RAVDESS_EMOTIONS))
+    return Trainer(model, recipe, Clips(8), Clips(9), out)
+
+
+def judged(out):
+    "Validation with all that looks at a whole batch, by a model whose batch norm learns."
+    made = judge(out)
+    made.fit()
+    return {name: value for name, value in made.progress.history[0].items() if name.startswith("val")}
+
+
+def judged_again(out):
+    "What one process finds with the state that was saved."
+    made = judge(out / "again")
+    made.objective.load_state_dict(RunFolder(out).checkpoints.load()["objective"])
+    return made.validate()
 
 
 def refuse(*args, **kwargs): raise AssertionError("only the first process may write")
@@ -59,6 +83,8 @@ def job(rank, port, out):
     if rank: Checkpoints.save = RunFolder.write_json = RunFolder.save_model = refuse
     out = Path(out)
     results = dict(plain=train(out / "plain", 2), grouped=train(out / "grouped", 2, accumulation=2))
+    results["cached"] = train(out / "cached", 2, cache=out / "cache", **STILL)
+    results["judged"] = judged(out / "judged")
     results["whole"] = train(out / "whole", 2, dropout=0.3, clips=9)
     train(out / "cut", 2, stop_at=4, dropout=0.3, clips=9)
     results["resumed"] = train(out / "cut", 2, resume=True, dropout=0.3, clips=9)
