@@ -80,7 +80,8 @@ def keep(settings, rows):
     "Write what there is so far."
     found = defaultdict(list)
     for row in rows: found[f"{row['recipe']}, {row['start']}"].append(row["uar"])
-    told = [f"{name}: {mean(uars):.2f} ({min(uars):.2f} to {max(uars):.2f})" for name, uars in found.items()]
+    told = [f"{name}: {mean(uars):.2f} ({min(uars):.2f} to {max(uars):.2f}, {len(uars)} seeds)"
+            for name, uars in found.items()]
     answer = "best validation UAR, mean and range: " + "; ".join(told)
     save("recipes_on_toy", answer, **asdict(settings), rows=rows)
 

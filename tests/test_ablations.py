@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from mmfer import ablations
+from mmfer import ablations, cache
 from mmfer.ablations import (
     ClipExperiment, FeatureExperiment, Result, as_markdown, compare, comparison_table, paired_difference,
     plan_systems, plot_systems, read_results, side_by_side, summarise_metric, summarise_system,
@@ -202,6 +203,29 @@ def test_the_test_clips_come_from_the_cache_of_the_training(clips, tmp_path, mon
     frozen.visual.vision.register_forward_pre_hook(lambda *_: pytest.fail("the tower runs again"))
     again, _ = experiment.run("early", split, 0)
     assert again.tolist() == first.tolist()
+
+
+def save_tower(folder):
+    "A vision tower in the form of SigLIP2's, small, with as many patches as `lightweight` needs."
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=64, patch_size=4)).save_pretrained(folder)
+    return folder
+
+
+def test_a_comparison_from_loaded_parts_runs_the_tower_once_per_clip(clips, tmp_path, monkeypatch):
+    weights = dict(audio="none", vision=save_tower(tmp_path / "tower"))
+    encoded = []
+    encode = cache.encode_clip
+
+    def count(branch, item):
+        encoded.append(item["clip"])
+        return encode(branch, item)
+    monkeypatch.setattr(cache, "encode_clip", count)
+    report = compare(clips, tmp_path / "out", ("visual_only", "early"), "single", preset="lightweight",
+                     epochs=1, weights=weights, faces="none", **quietly)
+    assert report["weights"] == dict(vision=str(weights["vision"]))
+    assert report["systems"].keys() == {"visual_only", "early", *BASELINES}
+    assert len(encoded) == len(set(encoded)) == 3 * 8
 
 
 def test_clips_are_trained_in_the_precision_of_this_machine(monkeypatch):

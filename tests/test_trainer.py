@@ -806,10 +806,11 @@ def test_two_processes_are_one(tmp_path):
     for child in children: child.start()
     alone = two_processes.train(tmp_path / "alone", 4)
     grouped = two_processes.train(tmp_path / "grouped-alone", 4, accumulation=2)
-    cached = two_processes.train(tmp_path / "cached-alone", 4, cache=tmp_path / "another", **two_processes.STILL)
+    still = two_processes.STILL
+    cached = two_processes.train(tmp_path / "cached-alone", 4, cache=tmp_path / "another", **still)
     for child in children: child.join()
     entries = [sorted(p.name for p in (tmp_path / name).rglob("*.npy")) for name in ("cache", "another")]
-    assert entries[0] == entries[1] and len(entries[0]) == 8  # the first three clips are those of validation, too
+    assert entries[0] == entries[1] and len(entries[0]) == 8  # three of them are validated, too
     assert [child.exitcode for child in children] == [0, 0]
     first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
     assert first["judged"] == second["judged"] == two_processes.judged_again(tmp_path / "judged")
