@@ -44,7 +44,8 @@ def main(settings):
     require_gpu()
     try: figures = measure(settings)
     except torch.OutOfMemoryError: figures = {}
-    answer = "yes: peak {peak_gb:.1f} GB, {clips_per_second:.1f} clips/s".format(**figures) if figures else "no"
+    told = "yes: peak {peak_gb:.1f} GB, {clips_per_second:.1f} clips/s"
+    answer = told.format(**figures) if figures else "no"
     save(f"{settings.preset}_{settings.gb:.0f}gb", answer, **asdict(settings), **figures)
 
 

@@ -30,7 +30,8 @@ from mmfer.trainer import RECIPES, Trainer
 
 BATCHES = 15  # three epochs of nine clips, two a batch
 RECIPE = replace(RECIPES["tiny"], epochs=3, batch_size=2, accumulation=2, warmup_epochs=0.5,
-                 schedule="restarts", save_batches=1, mixup=0.4, augment=["audio", "video"], class_weights=True)
+                 schedule="restarts", save_batches=1, mixup=0.4, augment=["audio", "video"],
+                 class_weights=True)
 MOMENTS = ("before the batch", "after the batch", "while a checkpoint is written")
 
 

@@ -60,9 +60,8 @@ class Watch:
         self.samples.append((time.time(), resident / 1e6, _megabytes(self.folder)))
 
     def between(self, start, end):
-        "Peak memory, and disk at the end."
-        seen = [(memory, disk) for at, memory, disk in self.samples if start <= at <= end]
-        if not seen: return {}
+        "Peak memory, and disk at the end; of a step shorter than a second, as they were around it."
+        seen = [(memory, disk) for at, memory, disk in self.samples if start - 1 <= at <= end + 1]
         return dict(peak_memory_mb=round(max(seen)[0]), disk_mb=round(seen[-1][1]))
 
 
@@ -171,7 +170,7 @@ def kills(machine, server, small):
     pretrained = [
         ("tower's weights half fetched", half_sent(TOWER)),
         ("tower's cache begun", files(machine.keep, "cache/*/*.npy", 10))]
-    stages = [(f"stage {stage} begun", files(fused / stage, "*")) for stage in STAGES]
+    stages = [(f"{stage}, after an epoch", files(fused / stage, "training_history.json")) for stage in STAGES]
     weights, cache = ([], []) if small else ([pretrained[0]], [pretrained[1]])
     fetched = ("second archive half fetched", half_sent(_archive("02")))
     return [*weights, fetched, ("second actor half prepared", prepared), *cache, *stages]
@@ -207,11 +206,11 @@ def readme_commands(small, cartoons):
     blocks = re.findall(r"^```bash\n(.*?)^```", section.split("\n## ")[0], re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("lightweight", "tiny" if small else "lightweight").splitlines()
     actors = f"1-{len(ACTORS)}"
-    form = f"-p epochs 5 -p stages three -p actors {actors}" + " -p faces none" * cartoons
+    form = f"-p epochs 8 -p stages three -p actors {actors}" + " -p faces none" * cartoons
     added = {
         "make train": [f"FORM={form}"],
         "mmfer download": ["--actors", actors] + ["--faces", "none"] * cartoons,
-        "mmfer train": ["--epochs", "5"]}
+        "mmfer train": ["--epochs", "3"]}
     commands = [shlex.split(line, comments=True) for line in lines]
     return [command + added.get(" ".join(command[:2]), []) for command in commands]
 

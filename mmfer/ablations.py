@@ -45,12 +45,12 @@ from .evaluate import (
     BOOTSTRAPPED, percentile_interval, predict, resample_speakers, save_figure, score, speaker_matrices)
 from .features import (
     BASELINES, SYSTEM_KINDS, FeatureConfig, fit_baseline, fold_sets, load_features, train_ensemble)
-from .model import MultimodalFER, preset_config
+from .model import MultimodalFER, fit_config, preset_config
 from .prepare import corpus_of, open_clips
 from .processor import collate
 from .runs import load_run
 from .trainer import RECIPES, Trainer, with_min_updates
-from .weights import choose_sources, loadable_parts
+from .weights import choose_sources, find_weights, loadable_parts
 
 # %% ../nbs/24_ablations.ipynb #8048c403
 def _digest(*arrays):
@@ -376,6 +376,7 @@ def compare(
     sources = choose_sources(preset, "lfm2", weights)
     names, skipped = plan_systems(systems, sources.get("fusion"))
     for name, why in skipped.items(): logging.getLogger("mmfer").warning(f"{name} is skipped: {why}")
+    if "lfm2_full" in names: find_weights("fusion", sources["fusion"])  # fetched before anything is prepared
     experiment = _open_experiment(data, config, work=Path(out), preset=preset, epochs=epochs, sources=sources,
                                   faces=faces, progress=progress)
     splits = experiment.folds(folds)
@@ -461,13 +462,15 @@ class ClipExperiment(_Experiment):
         progress: bool = True,  # show a bar while clips are prepared
     ):
         self.emotions = corpus_of(data).emotions
-        config = preset_config(preset, self.emotions)
+        self.sources = {part: str(source) for part, source in (sources or {}).items()}
+        branches = {part: source for part, source in self.sources.items() if part != "fusion"}
+        paths = {part: find_weights(part, source) for part, source in branches.items()}
+        config = fit_config(preset_config(preset, self.emotions), branches, paths)  # with their picture size
         self.clips = open_clips(data, config, Path(work) / "prepared", faces, progress=progress)
         self.corpus = self.clips.corpus
         self.cache = Path(work) / "cache"
         self.preset = preset
         self.epochs = epochs
-        self.sources = {part: str(source) for part, source in (sources or {}).items()}
         self.small = preset == "tiny" and this_machine().device == "cpu"
         self.statistics = np.stack([_clip_statistics(item) for item in self.clips])
 

@@ -160,8 +160,8 @@ def asked_of(experiment, system, monkeypatch):
     "lfm2_full": dict(audio="a.nemo", vision="tower", fusion="lfm2")}.items())
 def test_systems_differ_in_their_weights_only_where_their_names_say_so(
         clips, tmp_path, monkeypatch, system, weights):
-    sources = dict(audio="a.nemo", vision="tower", fusion="lfm2")
-    experiment = ClipExperiment(clips, tmp_path, sources=sources, progress=False)
+    experiment = ClipExperiment(clips, tmp_path, progress=False)
+    experiment.sources = dict(audio="a.nemo", vision="tower", fusion="lfm2")
     kind = SYSTEM_KINDS[system]
     assert asked_of(experiment, system, monkeypatch) == ("tiny", experiment.emotions, kind, weights)
 
