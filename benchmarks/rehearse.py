@@ -21,6 +21,7 @@ import zipfile
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
 import psutil
@@ -52,12 +53,14 @@ class Watch:
     def __init__(self, folder):
         self.folder = folder  # whose size is watched
         self.samples = []     # (time, resident MB of all processes, MB on disk)
+        self.loads = []       # of the whole machine, other programs included
 
     def look(self, process):
         "Once every half second."
         if self.samples and time.time() - self.samples[-1][0] < 0.5: return
         resident = sum(_resident(p) for p in _family(process))
         self.samples.append((time.time(), resident / 1e6, _megabytes(self.folder)))
+        self.loads.append(os.getloadavg()[0])
 
     def between(self, start, end):
         "Peak memory, and disk at the end; of a step shorter than a second, as they were around it."
@@ -76,10 +79,12 @@ def _resident(process):
 
 
 def _megabytes(folder):
+    "What is on the disk; files and folders may vanish meanwhile."
     total = 0
-    for file in folder.rglob("*"):
-        try: total += 0 if file.is_symlink() else file.stat().st_blocks * 512
-        except FileNotFoundError: pass  # moved meanwhile
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try: total += os.lstat(os.path.join(where, name)).st_blocks * 512
+            except FileNotFoundError: pass
     return total / 1e6
 
 
@@ -231,11 +236,13 @@ def main(settings):
         rows = pd.DataFrame(rehearse(machine, server, settings.small, commands))
         seconds = time.time() - started
     print(rows.to_string(index=False))
+    load = mean(machine.watch.loads)
     memory = rows.peak_memory_mb.max() / 1e3
     disk = rows.disk_mb.max() / 1e3
     answer = (
         f"{preset}, {len(ACTORS)} actors: killed {rows.run.nunique() - 2} times, all done after "
-        f"{seconds / 60:.0f} min; at most {memory:.1f} GB of memory, {disk:.1f} GB of disk")
+        f"{seconds / 60:.0f} min at a load of {load:.0f}; "
+        f"at most {memory:.1f} GB of memory, {disk:.1f} GB of disk")
     name = "rehearsal_small" if settings.small else "rehearsal"
     clips = "real" if recordings else "cartoons"
     save(name, answer, clips=clips, seconds=round(seconds), rows=rows.to_dict("records"))

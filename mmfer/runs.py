@@ -222,8 +222,9 @@ class RunFolder:
             fresh.rmdir()
 
 # %% ../nbs/15_runs.ipynb #3f6a1c44
-# settings that do not change the result
-MAY_CHANGE = ("workers", "keep_last", "save_every", "save_batches", "trackers")
+# settings that do not change the result; the precision does, in the last digits, but whoever is given another
+# kind of GPU after a disconnect should be able to go on
+MAY_CHANGE = ("workers", "precision", "keep_last", "save_every", "save_batches", "trackers")
 
 
 def weights_checksum(

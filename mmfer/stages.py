@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # %% ../nbs/22_stages.ipynb #8471ac74
-from mmfer.core import (
-    MmferError, atomic_write, choose, config, diff_config, file_errors, from_dict, require, require_space,
-    to_dict)
+from .core import (
+    MmferError, atomic_write, choose, config, diff_config, file_errors, from_dict,
+    require, require_space, to_dict)
 from .processor import collate, model_inputs
 from .runs import MAY_CHANGE, RunFolder, disk_need
 from .trainer import TrainConfig, Trainer, frozen_as, make_accelerator, require_possible, weights_plan

@@ -361,7 +361,8 @@ class Updater:
         state: dict,  # from `state_dict`
     ):
         "Go on where `state` was taken."
-        for name, part in self._parts().items(): part.load_state_dict(state[name])
+        for name, part in self._parts().items():
+            if name in state: part.load_state_dict(state[name])  # another kind of GPU may begin with a scaler
 
 # %% ../nbs/14_trainer.ipynb #cc4f85f7
 def freeze_parts(

@@ -509,10 +509,11 @@ def _revision(source, files):
     "Of a file in the Hub's store its commit, which names a folder above it; of any other file its checksum."
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", files[0].as_posix())
     if commit: return commit[1]
-    digest = hashlib.sha256()
+    digests = []
     for file in files:
-        with open(file, "rb") as f: digest.update(hashlib.file_digest(f, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:12]}"
+        with open(file, "rb") as f: digests.append(hashlib.file_digest(f, "sha256"))
+    whole = digests[0] if len(files) == 1 else hashlib.sha256(b"".join(d.digest() for d in digests))
+    return f"sha256:{whole.hexdigest()[:12]}"
 
 
 def describe_weights(

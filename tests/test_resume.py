@@ -275,3 +275,22 @@ def test_checkpoints_are_kept_every_so_many_epochs(tmp_path):
     made.fit()
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == [
         "00002-0000000.json", "00002-0000000.pt", "00003-0000000.json", "00003-0000000.pt"]
+
+
+def test_another_precision_goes_on(tmp_path):
+    "As on another kind of GPU after a disconnect."
+    with pytest.raises(Cut): trainer(tmp_path, stop_at=6, precision="no").fit()
+    again = trainer(tmp_path, resume=True, precision="bf16")
+    history = again.fit()
+    assert [row["epoch"] for row in history] == list(range(again.config.epochs))
+
+
+def test_a_state_without_a_scaler_is_taken_up_by_an_updater_that_has_one(tmp_path):
+    made = trainer(tmp_path / "one")
+    state = made.updater.state_dict()
+    assert "scaler" not in state
+    other = trainer(tmp_path / "other").updater
+    other.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    other.load_state_dict(state)
+    assert other.accelerator.scaler.get_scale() == 8.0
+    other.accelerator.scaler = None
