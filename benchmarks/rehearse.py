@@ -26,7 +26,7 @@ from statistics import mean
 import pandas as pd
 import psutil
 from common import run, save
-from stand_in.files import write_archives, write_hub
+from stand_in.files import write_archives, write_detector, write_weights
 from stand_in.server import StandIn
 
 from mmfer.core import require
@@ -163,9 +163,7 @@ def _archive(actor): return f"ravdess/Video_Speech_Actor_{actor}.zip"
 
 def kills(machine, server, small):
     "[(where, whether it is time)] in the order of the capstone."
-    def half_sent(name):
-        half = (server.root / name).stat().st_size / 2
-        return lambda: server.sent[name] > half
+    def half_sent(name): return lambda: server.sent[name] > (server.root / name).stat().st_size / 2
 
     def files(folder, pattern, n=1): return lambda: len(list(folder.glob(pattern))) >= n
 
@@ -223,8 +221,8 @@ def readme_commands(small, cartoons):
 def main(settings):
     recordings = RECORDINGS if RECORDINGS.is_dir() else None
     root = settings.root
-    yunet = recordings / "yunet" / "yunet_n_dynamic.onnx" if recordings else None
-    write_hub(root, yunet)
+    if recordings: write_detector(root / "hub", recordings / "yunet" / "yunet_n_dynamic.onnx")
+    if not settings.small: write_weights(root / "hub")
     write_archives(root, ACTORS, recordings, per_emotion=1 if settings.small else 2)
     commands = readme_commands(settings.small, cartoons=not recordings)  # in which YuNet finds no face
     preset = "tiny" if settings.small else "lightweight"

@@ -11,9 +11,6 @@ import errno
 import json
 import logging
 import os
-import signal
-import threading
-import time
 import tokenize
 import warnings
 import zipfile
@@ -25,14 +22,13 @@ import cv2
 import joblib
 import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
 # %% ../nbs/19_prepare.ipynb #8b54bdb1
 from .core import (Amount, Count, MmferError, atomic_write, choose, config, diff_config, file_errors,
-                        first_line, from_dict, require, to_dict)
+                        first_line, from_dict, require, start_worker, to_dict)
 from .corpus import MODALITIES, Corpus, find_media
 from .faces import YUNET, FaceTrack, face_detector
 from .processor import ClipDataset, FaceClip, Processor, file_fingerprint
@@ -305,16 +301,6 @@ def _prepare_clip(source, target, processor):
     return target, "", " ".join(str(w.message) for w in told)
 
 # %% ../nbs/19_prepare.ipynb #8e02426e
-def _start_worker(parent):
-    "One thread per worker. It ends when its parent is gone; Ctrl-C is for the parent."
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    def follow():
-        while os.getppid() == parent: time.sleep(0.2)
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def _results(jobs, workers):
     "What `_prepare_clip` says of each job, as it comes. Raises `MmferError` when a worker dies."
     in_work = {}
@@ -324,7 +310,7 @@ def _results(jobs, workers):
             in_work[target] = str(source)
             yield joblib.delayed(_prepare_clip)(source, target, processor)
     run = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1, pre_dispatch=workers,
-                          idle_worker_timeout=10, initializer=_start_worker, initargs=(os.getpid(),))
+                          idle_worker_timeout=10, initializer=start_worker, initargs=(os.getpid(),))
     try:
         for result in run(hand_out()):
             del in_work[result[0]]

@@ -182,17 +182,22 @@ def write_nemo(
             tar.addfile(member, io.BytesIO(content))
 
 
-def write_hub(
-    root,        # the stand-in's folder; a repository that lies there already stays
-    yunet=None,  # the file of the real face detector, where it is at hand
+def write_weights(
+    hub,  # the stand-in's folder of repositories; one that lies there already stays
 ):
-    "All repositories that the presets and the front door name: 3 GB."
+    "All pretrained weights that the presets and the front door name: 3 GB."
     seed_everything(0)
-    hub = root / "hub"
     _once(hub / "google" / "siglip2-base-patch16-224", write_siglip2)
     _once(hub / "nvidia" / "parakeet-tdt_ctc-110m", write_parakeet)
     for name in LFM2_WIDTHS: _once(hub / "LiquidAI" / name, write_lfm2)
-    if yunet: _once(hub / "opencv" / "face_detection_yunet", partial(write_yunet, yunet=yunet))
+
+
+def write_detector(
+    hub,    # the stand-in's folder of repositories
+    yunet,  # the file of the real face detector
+):
+    "The repository that holds the face detector."
+    _once(hub / "opencv" / "face_detection_yunet", partial(write_yunet, yunet=yunet))
 
 
 def _once(folder, write):
