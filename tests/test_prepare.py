@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import threading
 import time
 import warnings
@@ -817,10 +816,10 @@ def test_processes_that_start_together_prepare_once(toy, tmp_path):
     assert told.count(16) == 2 and len(set(told) - {16}) == 16
 
 
-def of_a_group(rank, port, toy, work):
+def of_a_group(rank, store, toy, work):
     "One of two processes whose barriers wait for two seconds; the preparation takes four or more."
     torch.set_num_threads(1)  # threads do not survive a fork
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0)
+    store = torch.distributed.FileStore(str(store), 2)
 
     def meet(place):
         "So that a slow machine is not taken for a barrier that waits too long."
@@ -839,9 +838,9 @@ def of_a_group(rank, port, toy, work):
 
 
 def test_a_preparation_may_outlast_a_barrier(toy, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    jobs = [context.Process(target=of_a_group, args=(rank, port, toy, tmp_path / "work")) for rank in (0, 1)]
+    store = tmp_path / "store"
+    jobs = [context.Process(target=of_a_group, args=(rank, store, toy, tmp_path / "work")) for rank in (0, 1)]
     for job in jobs: job.start()
     for job in jobs: job.join()
     assert [job.exitcode for job in jobs] == [0, 0]

@@ -239,7 +239,8 @@ def test_other_origins_are_named(model, tmp_path):
 
 
 def test_what_does_not_change_the_result_may_differ(model, tmp_path):
-    free = dict(workers=3, keep_last=False, save_every=2, save_batches=5, trackers=["tensorboard"])
+    free = dict(
+        workers=3, precision="bf16", keep_last=False, save_every=2, save_batches=5, trackers=["tensorboard"])
     assert {*free} == {*runs.MAY_CHANGE}
     require_same_run(facts(model), facts(model, **free), tmp_path)
 
