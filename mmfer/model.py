@@ -218,11 +218,18 @@ def generate_model_card(self: MultimodalFER, *args, **kwargs):
 
 # %% ../nbs/11_model.ipynb #a64c87b6
 @patch
-def loaded_parts(self: MultimodalFER) -> dict:
-    "The modules whose weights came from a checkpoint, by part; see `ModelConfig.origins`."
+def loadable_modules(self: MultimodalFER) -> dict:
+    "The modules for which there are published weights, by part, loaded or not."
     inside = dict(audio="encoder", vision="vision", fusion="backbone")
-    parts = [origin.part for origin in self.config.origins]
+    parts = loadable_parts(self.config.fusion.kind)
     return {part: getattr(getattr(self, _BRANCH[part]), inside[part]) for part in parts}
+
+
+@patch
+def loaded_parts(self: MultimodalFER) -> dict:
+    "Those of them whose weights came from a checkpoint; see `ModelConfig.origins`."
+    modules = self.loadable_modules()
+    return {origin.part: modules[origin.part] for origin in self.config.origins}
 
 
 @patch

@@ -418,9 +418,7 @@ def weights_plan(
     config: TrainConfig,  # the recipe
 ) -> pd.DataFrame:        # one row per part that can be loaded, one for the rest
     "Where weights come from, and what the training makes of them: frozen, trained or random; and the rate."
-    places = dict(
-        audio=(model.audio, "encoder"), vision=(model.visual, "vision"), fusion=(model.fusion, "backbone"))
-    modules = {part: getattr(*place) for part, place in places.items() if hasattr(*place)}
+    modules = model.loadable_modules()
     table = origins_table(model.config.origins, [*modules, "the rest"]).reset_index()
     part_of = {id(p): part for part, module in modules.items() for p in module.parameters()}
     rates = {part: set() for part in table["part"]}
