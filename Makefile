@@ -41,7 +41,7 @@ $(READY): settings.ini setup.py constraints.txt
 train: $(READY)
 	$(if $(DATA),,$(BIN)/mmfer toy $(CORPUS) --actors $(ACTORS) --seed 0)
 	mkdir -p $(RUN)
-	cd nbs && OMP_WAIT_POLICY=PASSIVE TQDM_MININTERVAL=5 ../$(BIN)/papermill 18_capstone.ipynb $(RUN)/capstone.ipynb \
+	cd nbs && OMP_WAIT_POLICY=PASSIVE TQDM_MININTERVAL=5 ../$(BIN)/papermill 21_capstone.ipynb $(RUN)/capstone.ipynb \
 	  --log-output --log-level WARNING --no-progress-bar \
 	  -p data $(CORPUS) -p keep $(KEEP) -p out $(RUN) -p preset $(PRESET) -p seed $(SEED) $(FORM)
 	@$(BIN)/mmfer info $(RUN)

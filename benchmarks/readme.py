@@ -23,7 +23,7 @@ table is made from those files (`python benchmarks/readme.py --write`). What has
 """
 TAIL = """
 Also in `results/`: `compare_toy` and `compare_ravdess`, all systems on the same folds, explained in
-[chapter 24](../nbs/24_ablations.ipynb); `audio_ravdess_speech`, sound alone from scratch, of
+[chapter 27](../nbs/27_ablations.ipynb); `audio_ravdess_speech`, sound alone from scratch, of
 `mmfer cv ravdess_speech --system audio_only --preset tiny --folds hicmae --stages benchmarks/audio_alone.json
 --out runs/audio`.
 """

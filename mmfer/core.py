@@ -135,6 +135,7 @@ class BranchOutput(ModelOutput):
     attention: torch.Tensor = None      # weight of each frame in each segment, `[B, S, L]`
     scores: torch.Tensor = None         # visual only: importance logit of each patch, `[B, T, N]`
     kept: torch.Tensor = None           # visual only: which patches were kept, `[B, T, k]`
+    gates: torch.Tensor = None          # visual only: what each kept patch was multiplied with, `[B, T, k]`
 
 # %% ../nbs/00_core.ipynb #3cd4168e
 def _sentence(cls, error):

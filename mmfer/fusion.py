@@ -170,7 +170,7 @@ class FusionOutput(ModelOutput):
     "What a fusion hands on."
     features: torch.Tensor = None   # `[B, S, out_dim]`; None for late fusion, which joins logits
     logits: torch.Tensor = None     # late fusion only: joined log-probabilities, `[B, E]`
-    attention: torch.Tensor = None  # who looks at whom in a1 v1 a2 ..., mean of all heads, `[B, 2S, 2S]`
+    attention: torch.Tensor = None  # who looks at whom in a1 v1 a2 ..., `[B, layers, heads, 2S, 2S]`
     hidden: torch.Tensor = None     # tokens after the last layer, `[B, 2S, D]`, or `[B, S, D]` without pairs
 
 # %% ../nbs/08_fusion.ipynb #066a4d31
@@ -250,9 +250,9 @@ class Lfm2Fusion(PairFusion):
         self.backbone = Lfm2Backbone(lfm2_config(config), config.causal)
 
     def _mix(self, a, v, output_attentions):
-        "Mixed tokens `[B, S, D]` of sound and of pictures, and the attention map or None."
+        "Mixed tokens `[B, S, D]` of sound and of pictures, and the attention maps or None."
         out = self.backbone(interleave(a, v), output_attentions=output_attentions)
-        attention = torch.stack(out.attentions).mean((0, 2)) if output_attentions else None
+        attention = torch.stack(out.attentions, 1) if output_attentions else None
         return *separate(out.last_hidden_state), attention
 
 # %% ../nbs/08_fusion.ipynb #3c28c00b
@@ -323,10 +323,10 @@ class CrossAttention(nn.Module):
         self,
         x: torch.Tensor,      # the tokens that ask, `[B, S, D]`
         other: torch.Tensor,  # the tokens that answer, `[B, S, D]`
-    ) -> tuple:               # new tokens `[B, S, D]`, attention `[B, S, S]`
+    ) -> tuple:               # new tokens `[B, S, D]`, attention `[B, heads, S, S]`
         "Let `x` look at `other`."
         other = self.norm_other(other)
-        answer, weights = self.attention(self.norm_query(x), other, other)
+        answer, weights = self.attention(self.norm_query(x), other, other, average_attn_weights=False)
         x = x + answer
         return x + self.ffn(self.norm_ffn(x)), weights
 
@@ -347,7 +347,7 @@ class AttentionFusion(PairFusion):
             self.layers.append(nn.ModuleDict({m: CrossAttention(config) for m in self.dims}))
 
     def _mix(self, a, v, output_attentions):
-        "Mixed tokens `[B, S, D]` of sound and of pictures, and the attention map or None."
+        "Mixed tokens `[B, S, D]` of sound and of pictures, and the attention maps or None."
         a = a + self.positions
         v = v + self.positions
         maps = []
@@ -356,15 +356,15 @@ class AttentionFusion(PairFusion):
             v, seen = layer["visual"](v, a)
             a = new_a
             maps.append(_pair_map(heard, seen))
-        return a, v, torch.stack(maps).mean(0) if output_attentions else None
+        return a, v, torch.stack(maps, 1) if output_attentions else None
 
 # %% ../nbs/08_fusion.ipynb #3850fd73
 def _pair_map(heard, seen):
     "Both maps as one, rows and columns in the order a1 v1 a2 v2 ...; no token looks at its own modality."
     none = torch.zeros_like(heard)
-    sound_rows = torch.stack((none, heard), -1).flatten(2)
-    picture_rows = torch.stack((seen, none), -1).flatten(2)
-    return interleave(sound_rows, picture_rows)
+    sound_rows = torch.stack((none, heard), -1).flatten(-2)
+    picture_rows = torch.stack((seen, none), -1).flatten(-2)
+    return torch.stack((sound_rows, picture_rows), -2).flatten(-3, -2)
 
 # %% ../nbs/08_fusion.ipynb #e77869f2
 class LateFusion(nn.Module):

@@ -17,8 +17,9 @@ from .core import choose, first_line
 # %% ../nbs/91_lesson.ipynb #97a9e7a3
 CHAPTERS = {name: f"{number:02}" for number, name in enumerate((
     "core", "media", "toy", "corpus", "faces", "processor", "audio", "visual", "fusion", "classifier",
-    "weights", "model", "losses", "augment", "trainer", "runs", "evaluate", "explain", "capstone", "prepare",
-    "cache", "download", "stages", "features", "ablations"))} | {"cli": "90", "lesson": "91"}
+    "weights", "model", "losses", "augment", "trainer", "runs", "evaluate", "explain", "truth", "page",
+    "errors", "capstone", "prepare", "cache", "download", "stages", "features",
+    "ablations"))} | {"cli": "90", "lesson": "91"}
 
 # %% ../nbs/91_lesson.ipynb #80cf0883
 _BOXES = {  # name: (column, row, text, chapters)
@@ -32,7 +33,7 @@ _BOXES = {  # name: (column, row, text, chapters)
     "segments":   (5, 2, "8 segments\neach", "audio visual"),
     "fusion":     (6, 2, "interleave,\nLFM2\n[16,1536]", "fusion"),
     "classifier": (7, 2, "pool + MLP\n[512]", "classifier"),
-    "emotion":    (8, 2, "one of the\nemotions", "evaluate explain"),
+    "emotion":    (8, 2, "one of the\nemotions", "evaluate explain truth page errors"),
     "tools":      (0, -0.4, "tools", "core lesson"),
     "data":       (1.15, -0.4, "real people", "prepare download"),
     "whole":      (2.4, -0.4, "whole model", "model capstone"),

@@ -79,7 +79,8 @@ class FEROutput(ModelOutput):
     audio_attention: torch.Tensor = None     # weight of each sound frame in each segment, `[B, S, L]`
     visual_scores: torch.Tensor = None       # importance logit of each patch, `[B, T, N]`
     visual_kept: torch.Tensor = None         # patches that were kept, `[B, T, k]`
-    fusion_attention: torch.Tensor = None    # who looks at whom among a1 v1 ... a8 v8, `[B, 16, 16]`
+    visual_gates: torch.Tensor = None        # what each of them was multiplied with, 1 on average, `[B, T, k]`
+    fusion_attention: torch.Tensor = None    # who looks at whom: a1 v1 ... a8 v8, `[B, layers, heads, 16, 16]`
     temporal_attention: torch.Tensor = None  # weight of each segment, `[B, S]`
 
 # %% ../nbs/11_model.ipynb #6bb5c2df
@@ -161,7 +162,7 @@ class MultimodalFER(HubModule, library_name="mmfer", tags=["emotion-recognition"
             audio_features=audio.features, audio_logits=audio.logits, audio_present=audio.present,
             visual_features=visual.features, visual_logits=visual.logits, visual_present=visual.present,
             audio_attention=audio.attention, visual_scores=visual.scores, visual_kept=visual.kept,
-            fusion_attention=fused.attention, temporal_attention=weights)
+            visual_gates=visual.gates, fusion_attention=fused.attention, temporal_attention=weights)
 
 # %% ../nbs/11_model.ipynb #77f43fd7
 _BRANCH = dict(audio="audio", vision="visual", fusion="fusion")  # part -> where it is in config and model

@@ -103,14 +103,15 @@ class ROICompressor(nn.Module):
         self,
         tokens: torch.Tensor,  # patch tokens of each frame, `[F, N, D]`
         roi: torch.Tensor,     # patches that show the face, bool `[F, N]`; all False: no preference
-    ) -> tuple:                # tokens `[F, k + 4, D]`, scores (logits) `[F, N]`, kept places `[F, k]`
+    # tokens `[F, k + 4, D]`, scores (logits) `[F, N]`, kept places `[F, k]`, their gates `[F, k]`
+    ) -> tuple:
         "Compress the patches of a frame."
         scores = self.scorer(tokens).squeeze(-1)
         scores = scores + self.roi_bias * roi  # added: a product would push negative scores down
         kept = scores.topk(self.k, dim=1).indices.sort(dim=1).values
         gate = self.k * scores.gather(1, kept).softmax(1)  # 1 on average: the kept patches compete
         patches = gate[..., None] * tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
-        return torch.cat([patches, self.global_scale * _global_tokens(tokens)], 1), scores, kept
+        return torch.cat([patches, self.global_scale * _global_tokens(tokens)], 1), scores, kept, gate
 
 # %% ../nbs/07_visual.ipynb #4b0f2123
 class FramePool(nn.Module):
@@ -441,11 +442,12 @@ class VisualBranch(_Tower, HubModule, library_name="mmfer", tags=["emotion-recog
         counted = real.sum(1)
         seen = seen[real]
         tokens = self.encode(seen) if tokens is None else seen.to(self.roi.global_scale.dtype)
-        compressed, scores, kept = self.roi(tokens, roi_mask[real])
+        compressed, scores, kept, gates = self.roi(tokens, roi_mask[real])
         vectors = self.pool(compressed)
         frames = self.temporal(_to_batch(vectors, real), counted)
         features, attention = self.segments(frames, counted)
         logits = None if self.head is None else self.head(features.mean(1))
         return BranchOutput(
             features=features, logits=logits, present=lengths > 0, frames=frames, frame_lengths=lengths,
-            attention=attention, scores=_to_batch(scores, real), kept=_to_batch(kept, real))
+            attention=attention, scores=_to_batch(scores, real), kept=_to_batch(kept, real),
+            gates=_to_batch(gates, real))

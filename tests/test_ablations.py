@@ -550,7 +550,7 @@ def kept(name):
 
 @pytest.mark.parametrize("name", ["toy", "ravdess"])
 def test_chapter_shows_the_kept_results(name):
-    chapter = json.loads((ROOT / "nbs" / "24_ablations.ipynb").read_text(encoding="utf-8"))
+    chapter = json.loads((ROOT / "nbs" / "27_ablations.ipynb").read_text(encoding="utf-8"))
     prose = "\n".join("".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == "markdown")
     assert as_markdown(comparison_table(kept(name))).strip() in prose
 

@@ -18,7 +18,7 @@ from mmfer.core import MmferError, pick_tier
 from mmfer.corpus import Corpus
 from mmfer.toy import make_toy
 
-NOTEBOOK = json.loads((Path(__file__).parent.parent / "nbs/18_capstone.ipynb").read_text(encoding="utf-8"))
+NOTEBOOK = json.loads((Path(__file__).parent.parent / "nbs/21_capstone.ipynb").read_text(encoding="utf-8"))
 CELLS = {cell["id"]: cell for cell in NOTEBOOK["cells"]}
 FORM = "".join(CELLS["settings"]["source"])
 SETUP = "1d827b9f"

@@ -39,7 +39,7 @@ def setup_cells():
 
 def brought():
     "The packages that the setup cell installs beside mmfer."
-    [cell] = setup_cells()["18_capstone"]
+    [cell] = setup_cells()["21_capstone"]
     return set(re.search(r'%pip install -q --no-deps "mmfer @ [^"]+" (.+)', cell)[1].split())
 
 

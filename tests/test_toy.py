@@ -13,8 +13,8 @@ from mmfer.core import MmferError
 from mmfer.corpus import RAVDESS_EMOTIONS
 from mmfer.media import SAMPLE_RATE, read_clip
 from mmfer.toy import (
-    FACE_GROUPS, FACES, REST, VOICE_GROUPS, VOICES, _cue, _make_clip, bound, cue_weight, draw_face, group_of,
-    make_actor, make_toy, perform, pose, say, script)
+    FACE_GROUPS, FACES, REST, VOICE_GROUPS, VOICES, Part, _cue, _make_clip, _signed, bound, cue_weight,
+    draw_face, group_of, make_actor, make_toy, perform, pose, say, script)
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,62 @@ def test_voices_differ_inside_the_cue_and_agree_outside():
     level = {g: 10 * np.log10((x[weight > 0.9] ** 2).mean() / (x[before] ** 2).mean()) for g,
              x in voices.items()}
     for x in voices.values(): np.testing.assert_allclose(x[before], voices["flat"][before], atol=1e-3)
-    assert level["loud"] > level["trembling"] + 3 > level["soft"] + 10
-    assert level["soft"] < level["flat"] - 5
+    for turning in ("rising", "falling"): assert level[turning] > level["flat"] + 3 > level["soft"] + 5
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.2, 1.0), st.floats(0.55, 0.8))
+def test_rising_and_falling_are_one_cue_in_two_directions_of_time(start, length):
+    weight = cue_weight(np.arange(32000) / SAMPLE_RATE, start, start + length)
+    rising, falling = (_signed(VOICES[group], weight) for group in ("rising", "falling"))
+    middle = round((start + length / 2) * SAMPLE_RATE)
+    reach = int(length / 2 * SAMPLE_RATE)
+    before, after = rising[middle - reach:middle], rising[middle:middle + reach]
+    np.testing.assert_allclose(before, -after[::-1], atol=0.01)
+    np.testing.assert_array_equal(rising, -falling)
+    assert {key: VOICES["rising"][key] for key in VOICES["rising"] if key != "turn"} == {
+        key: VOICES["falling"][key] for key in VOICES["falling"] if key != "turn"}
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 2), st.sampled_from((48, 64)))
+def test_the_cue_changes_nothing_outside_its_place_and_window(number, emotion, repetition, size):
+    part = Part(make_actor(number), emotion, 1, 1, repetition, 0)
+    frames, audio, truth = perform(part, size)
+    without, plain, _ = perform(part, size, strength=0)
+    change = np.abs(frames.astype(float) - without).sum(3)
+    centre = (np.arange(size) + 0.5) / size
+    inside = np.zeros((size, size), bool)
+    for x0, y0, x1, y1 in truth["place"]:
+        inside |= np.outer((y0 <= centre) & (centre < y1), (x0 <= centre) & (centre < x1))
+    assert change[:, inside].sum() > 0.99 * change.sum() > 0
+    times = (np.arange(len(frames)) + 0.5) / 16
+    outside = (times < truth["start"]) | (times > truth["end"])
+    assert change[outside].sum() == 0
+    x0, y0, x1, y1 = truth["box"]
+    for a0, b0, a1, b1 in truth["place"]: assert x0 <= a0 < a1 <= x1 and y0 <= b0 < b1 <= y1
+
+
+def test_sorrow_and_stern_differ_on_the_cheeks_alone():
+    for number in range(1, 9):
+        sorrow, stern = (draw_face(make_actor(number), pose(g, 1.0)) for g in ("sorrow", "stern"))
+        assert (sorrow != stern).any(-1).mean() < 0.05
+    assert {k for k in REST if pose("sorrow", 1.0)[k] != pose("stern", 1.0)[k]} == {"cheek"}
+
+
+def test_lamps_know_nothing_of_the_emotion():
+    colours = {}
+    for emotion in (4, 5):  # sad: tears, angry: flushed
+        lamps = []
+        for number in range(1, 41):
+            frames, _, truth = perform(Part(make_actor(number), emotion, 2, 1, 1, 0), 32)
+            middle = round((truth["start"] + truth["end"]) / 2 * 16)
+            wall = frames[middle][:, [1, -2]].astype(float)  # the columns of the lamps
+            lamps.append((wall[..., 0] - wall[..., 2]).mean())
+        colours[emotion] = np.array(lamps)
+    tears, flushed = colours.values()
+    error = (tears.var() / len(tears) + flushed.var() / len(flushed)) ** 0.5
+    assert tears.std() > 10 and abs(tears.mean() - flushed.mean()) < 3 * error
 
 
 def test_strength_does_not_give_neutral_away():
