@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Audio, display
-from matplotlib.patches import Rectangle
 from scipy.io import wavfile
 from torch import nn
 
@@ -69,18 +68,21 @@ _AGAINST = dict(fill=True, facecolor="#F5C9A8", edgecolor="#D55E00", hatch="////
 _CUE = dict(color="#E69F00", ls="--", lw=1.8)  # the truth looks the same in every picture
 
 
+_SHARES = ("attention", "rollout")  # methods whose weights add up to 1; those of the others are nats
+
+
 def _peak_time(values, duration):
     "The middle of the bin that counts most, seconds."
     return float((values.argmax() + 0.5) / len(values) * duration)
 
 
-def _draw_weights(ax, e, values, title):
+def _draw_weights(ax, e, values, title, unit):
     edges = np.linspace(0, e.duration, len(values) + 1)
     ax.stairs(values.clip(min=0), edges, **_FOR)
     if values.min() < 0: ax.stairs(values.clip(max=0), edges, **_AGAINST)
-    if np.ptp(values) > 0: ax.plot(_peak_time(values, e.duration), values.max(), "kv", clip_on=False)
+    if values.max() > 0: ax.plot(_peak_time(values, e.duration), values.max(), "kv", clip_on=False)
     ax.axhline(0, color="black", lw=0.8)
-    ax.set(title=title, ylabel="weight", xlim=(0, e.duration))
+    ax.set(title=title, ylabel=unit, xlim=(0, e.duration))
 
 # %% ../nbs/19_page.ipynb #40705217
 def _veil(patches):
@@ -89,29 +91,28 @@ def _veil(patches):
     return 0.65 * (1 - np.sqrt(weight / (weight.max() or 1)))  # the root keeps small weights visible
 
 
-def _peak_square(place):
-    "The patch that counts most: left, top and side, in shares of the picture."
+def _peak_box(place):
+    "The patch that counts most, as a box [x0, y0, x1, y1] in 0..1; None where none speaks for the answer."
+    if place.max() <= 0: return None
     row, column = np.unravel_index(place.argmax(), place.shape)
-    side = 1 / len(place)
-    return column * side, row * side, side
+    return np.array([column, row, column + 1, row + 1]) / len(place)
 
 # %% ../nbs/19_page.ipynb #35564a73
-def _draw_picture(ax, frame, veil, square, left, right):
+def _draw_box(ax, box, left, right, **how):
+    "The outline of a box in the picture between two times."
+    x0, y0, x1, y1 = box
+    x = left + (right - left) * np.array([x0, x1, x1, x0, x0])
+    ax.plot(x, 1 - np.array([y0, y0, y1, y1, y0]), **how)
+
+
+def _draw_picture(ax, frame, veil, peak, left, right):
     "One picture of the film strip between two times."
     place = dict(extent=(left, right, 0, 1), aspect="auto", interpolation="nearest")
     ax.imshow(frame, **place)
     ax.imshow(np.dstack([np.zeros((*veil.shape, 3)), veil]), **place)
-    x, y, side = square
-    corner = (left + x * (right - left), 1 - y - side)
-    for colour, lw in (("black", 3), ("white", 1.5)):
-        ax.add_patch(Rectangle(corner, side * (right - left), side, fill=False, ec=colour, lw=lw))
-
-
-def _draw_box(ax, box, left, right):
-    "A box of the truth, dashed."
-    x0, y0, x1, y1 = box
-    x = left + (right - left) * np.array([x0, x1, x1, x0, x0])
-    ax.plot(x, 1 - np.array([y0, y0, y1, y1, y0]), **_CUE)
+    if peak is None: return
+    _draw_box(ax, peak, left, right, color="black", lw=3)
+    _draw_box(ax, peak, left, right, color="white", lw=1.5)
 
 # %% ../nbs/19_page.ipynb #c2557ed1
 def _draw_film(ax, e, clip, weights, truth):
@@ -122,9 +123,9 @@ def _draw_film(ax, e, clip, weights, truth):
         here = np.flatnonzero((clip.times >= left) & (clip.times < right))
         if not len(here): here = [np.abs(clip.times - (left + right) / 2).argmin()]
         t = max(here, key=lambda t: weights.frames[t])
-        _draw_picture(ax, clip.frames[t], veil[t], _peak_square(weights.place), left, right)
+        _draw_picture(ax, clip.frames[t], veil[t], _peak_box(weights.place), left, right)
         if truth and truth["start"] <= clip.times[t] < truth["end"]:
-            for box in truth["place"]: _draw_box(ax, box, left, right)
+            for box in truth["place"]: _draw_box(ax, box, left, right, **_CUE)
     title = "Pictures as the model gets them: bright patches count, the square counts most"
     if truth: title += ", true place dashed"
     ax.set(xlim=(0, e.duration), ylim=(0, 1), yticks=[], title=title)
@@ -214,13 +215,14 @@ def _draw_answer(ax, probabilities):
 def _timed_rows(e, clip, method, truth):
     "The drawings that share the axis of time, with their heights in inches."
     weights = e.maps[method]
+    unit = "share" if method in _SHARES else "nats"
+    def bars(values, what): return 0.8, lambda ax: _draw_weights(ax, e, values, f"{what}: {method}", unit)
     rows = []
-    if weights.patches is not None:
-        rows.append((1.7, lambda ax: _draw_film(ax, e, clip, weights, truth)))
-        rows.append((0.8, lambda ax: _draw_weights(ax, e, weights.frames, f"Pictures: weight by {method}")))
+    if weights.patches is not None: rows.append((1.7, lambda ax: _draw_film(ax, e, clip, weights, truth)))
+    if weights.frames is not None: rows.append(bars(weights.frames, "Weight of the pictures"))
     if weights.sound is not None:
         rows.append((1.2, lambda ax: _draw_mel(ax, clip)))
-        rows.append((0.8, lambda ax: _draw_weights(ax, e, weights.sound, f"Sound: weight by {method}")))
+        rows.append(bars(weights.sound, "Weight of the sound"))
     if e.segments is not None: rows.append((0.8, lambda ax: _draw_segments(ax, e)))
     return rows
 
@@ -311,13 +313,17 @@ def _weights_row(e, methods, what):
     "The weights over time of every method, with the peak marked, or an empty string where none has any."
     layers = []
     for method in methods:
-        values = e.maps[method].sound if what == "sound" else e.maps[method].patches
+        values = e.maps[method].sound if what == "sound" else e.maps[method].frames
         if values is None: continue
-        if what == "pictures": values = e.maps[method].frames
         peak = _peak_time(values, e.duration)
-        label = f"{method}, weight of the {what}: the peak is at {peak:.2f} of {e.duration:.2f} seconds"
-        mark = f'<span class="peak" style="left:{100 * peak / e.duration:.2f}%" aria-hidden="true">▼</span>'
-        title = f"<h3>Weight of the {what}: {html.escape(method)}</h3>"
+        label = f"{method}, weight of the {what}: "
+        mark = ""
+        if values.max() <= 0: label += "nothing speaks for the answer"
+        else:
+            label += f"the peak is at {peak:.2f} of {e.duration:.2f} seconds"
+            mark = f'<span class="peak" style="left:{100 * peak / e.duration:.2f}%" aria-hidden="true">▼</span>'
+        unit = "of the whole" if method in _SHARES else "nats"
+        title = f"<h3>Weight of the {what}: {html.escape(method)}, up to {values.max():.3f} {unit}</h3>"
         layers.append(_layer(method, methods, f'{title}<div class="bars">{mark}{_bars(values, label)}</div>'))
     return "".join(layers)
 
@@ -382,14 +388,15 @@ _ROWS_STYLE = """
 .film .veil { position: absolute; inset: 0 }
 .veil { background-size: 100% 100%; image-rendering: pixelated }
 .mel { width: 100%; height: 5rem; display: block }
-.bars { position: relative }
+.bars { position: relative; margin-top: .9rem }
 .bars svg { width: 100%; height: 3.2rem; display: block }
 .for { fill: var(--for) }
+.route { margin-top: 0 }
 .route .for { fill: var(--soft); stroke: var(--page); stroke-width: .04 }
 .even { position: absolute; left: 0; right: 0; border-top: 2px dotted var(--text) }
 .against { fill: var(--against) }
 .zero { stroke: var(--soft); vector-effect: non-scaling-stroke }
-.peak { position: absolute; top: -1.1rem; transform: translateX(-50%); font-size: .8rem }
+.peak { position: absolute; top: -1rem; transform: translateX(-50%); font-size: .8rem }
 .now, .edge { position: absolute; top: 0; bottom: 0; width: 0; pointer-events: none }
 .now { left: calc(var(--now) * 100%); border-left: 3px solid var(--cursor); outline: 1px solid var(--page) }
 .edge { border-left: 2px dashed var(--cue) }
@@ -548,8 +555,8 @@ def _screen(e, clip, methods, truth):
     for method in methods:
         weights = e.maps[method]
         if weights.patches is None: continue
-        x, y, side = _peak_square(weights.place)
-        square = _box((x, y, x + side, y + side), 'class="square"')
+        peak = _peak_box(weights.place)
+        square = "" if peak is None else _box(peak, 'class="square"')
         parts.append(_layer(method, methods, more=' class="veil"'))
         parts.append(_layer(method, methods, square, ' style="inset:0"'))
     parts += [_box(box, 'class="cue"') for box in (truth["place"] if truth else [])]

@@ -88,8 +88,8 @@ class TrainConfig:
 
 
 RECIPES = {
-    "tiny": TrainConfig(epochs=12, batch_size=16, lr_branches=2e-3, lr_fusion=2e-3, lr_classifier=2e-3,
-                        warmup_epochs=1.0),
+    "tiny": TrainConfig(epochs=16, lr_branches=6e-4, lr_fusion=6e-4, lr_classifier=6e-4, audio_loss=1.0,
+                        visual_loss=1.0, warmup_epochs=1.0),
     "lightweight": TrainConfig(batch_size=4, accumulation=4, mixup=0.2, augment=["audio"], patience=15,
                                precision="bf16", keep_last=False),
     "full": TrainConfig(accumulation=2, mixup=0.2, augment=["audio", "video"], patience=15,

@@ -1,5 +1,6 @@
 """The `mmfer` command as a user meets it: it works from end to end; a mistake is one line, exit code 2."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mmfer.corpus import RAVDESS_EMOTIONS, Corpus
 from mmfer.features import toy_features
 from mmfer.media import read_clip, write_clip
 from mmfer.model import MultimodalFER
+from mmfer.page import trust_line
 from mmfer.processor import Processor
 from mmfer.runs import load_run, save_run
 from mmfer.toy import make_toy
@@ -501,6 +503,35 @@ def test_a_face_detector_can_be_chosen(corpus, trained, tmp_path, capsys):
     assert "none.onnx" in said
 
 
+# Explain
+
+
+def test_explain_writes_the_page_and_says_what_it_shows(corpus, trained, tmp_path, capsys):
+    clip = next(corpus.rglob("*.mp4"))
+    main(["predict", str(trained), str(clip)])
+    ranked = shares(capsys.readouterr().out)
+    main(["explain", str(trained), str(clip), "--out", str(tmp_path / "page.html"), "--method", "attention"])
+    answer, *told = capsys.readouterr().out.splitlines()
+    best = max(ranked, key=ranked.get)
+    assert answer == f"{clip}: {best} ({ranked[best]:.1f}%)"
+    assert any("nats" in line for line in told) and trust_line("attention") in told
+    text = (tmp_path / "page.html").read_text()
+    assert f"{clip.stem}: the model says {best}" in text
+    assert re.findall("<option>(.*?)</option>", text)[0] == "attention"
+
+
+def test_explain_tells_in_one_sentence_what_it_cannot(corpus, trained, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    clip = next(corpus.rglob("*.mp4"))
+    (tmp_path / "notes.mp4").write_text("no clip")
+    (tmp_path / "empty").mkdir()
+    assert "gone.mp4" in mistake(capsys, "explain", trained, tmp_path / "gone.mp4", "--out", out)
+    assert "notes.mp4" in mistake(capsys, "explain", trained, tmp_path / "notes.mp4", "--out", out)
+    assert "config.json" in mistake(capsys, "explain", tmp_path / "empty", clip, "--out", out)
+    assert "none.onnx" in mistake(capsys, "explain", trained, clip, "--out", out, "--faces", "none.onnx")
+    assert not out.exists()
+
+
 # Help
 
 
@@ -513,7 +544,7 @@ def test_help_names_every_command():
     said = run_terminal("--help")
     assert said.returncode == 0
     assert all(name in said.stdout for name in COMMANDS)
-    names = "toy prepare download weights train evaluate predict cv compare info"
+    names = "toy prepare download weights train evaluate predict explain cv compare info"
     assert sorted(COMMANDS) == sorted(names.split())
 
 

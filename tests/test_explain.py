@@ -1,77 +1,85 @@
-"""What would make a picture of attention lie: padding, gates, places, covers, a wrong mode."""
+"""What would make an explanation lie: padding, gates, covers that know too much, shares with a rest."""
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from captum.attr import IntegratedGradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from mmfer import explain as ex
-from mmfer.core import MmferError, seed_everything, segment_mask
+from mmfer.core import MmferError, seed_everything
 from mmfer.corpus import RAVDESS_EMOTIONS
 from mmfer.faces import middle_square
+from mmfer.fusion import SYSTEMS
 from mmfer.media import Clip
-from mmfer.model import MultimodalFER
+from mmfer.model import FEROutput, MultimodalFER, preset_config
 from mmfer.processor import FaceClip, Processor
 
-few = settings(max_examples=50, deadline=None)
-
-
+few = settings(max_examples=40, deadline=None)
 processor = Processor(image_size=64, grid=8, crop_size=64, faces="none")
+WEIGHTS = {"attention", "rollout"}  # the methods that only share out weights
 
 
-def make_clip(seconds=2.0, frames=16, seed=0):
+def make_clip(seconds=2.0, frames=16, seed=0, side=64):
     rng = np.random.default_rng(seed)
     audio = rng.normal(0, 0.1, int(16_000 * seconds)).astype(np.float32)
-    pictures = rng.integers(0, 256, (frames, 64, 64, 3), dtype=np.uint8)
+    pictures = rng.integers(0, 256, (frames, side, side, 3), dtype=np.uint8)
     times = (np.arange(frames) + 0.5) / frames * seconds
     return FaceClip(Path("made-up.mp4"), audio, pictures, times, seconds, track=middle_square(pictures))
 
 
-def even_explanation(patches, frames, sound=None, segments=np.full(8, 1 / 8)):
-    return ex.Explanation(2.0, pd.Series(1 / 8, RAVDESS_EMOTIONS), segments, sound, frames, patches)
+def without(clip, modality):
+    return replace(clip, audio=None) if modality == "audio" else replace(clip, frames=None, track=None)
+
+
+def tiny(system="lfm2", seed=0):
+    "Random weights, scores of patches and frames that differ as after a training."
+    seed_everything(seed)
+    model = MultimodalFER(preset_config("tiny", RAVDESS_EMOTIONS, system)).eval()
+    with torch.no_grad():
+        if model.visual is not None: model.visual.roi.scorer[-1].weight.mul_(5)
+        if model.audio is not None: model.audio.pool.query.normal_(0, 0.1)
+        if model.classifier is not None: model.classifier.pool.query.normal_(0, 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(): return tiny()
+
+
+@pytest.fixture(scope="module")
+def explanation(model): return ex.explain(model, processor, make_clip())
 
 
 class Planted(nn.Module):
-    "Decides by the loudness of one window only; reports attention on another segment if told to lie."
-    def __init__(self, window=(0.5, 0.75), reported=2):
+    "Decides by the loudness of one window, or by the brightness of one place in some pictures."
+    def __init__(self, window=None, place=None, pictures=slice(None)):
         super().__init__()
         self.config = SimpleNamespace(emotions=RAVDESS_EMOTIONS)
         self.weight = nn.Parameter(torch.ones(1))
         self.window = window
-        self.reported = reported
+        self.place = place
+        self.pictures = pictures
 
-    def forward(self, audio, audio_lengths, **others):
-        a, b = (round(w * 16_000) for w in self.window)
-        logits = torch.zeros(len(audio), 8)
-        logits[:, 4] = 5 * audio[:, a:b].abs().mean(1) * self.weight
-        temporal = torch.zeros(len(audio), 8).index_fill(1, torch.tensor([self.reported]), 1.0)
-        within = segment_mask(torch.tensor([40] * len(audio)), 44).float()
-        audio_attention = within / within.sum(-1, keepdim=True)
-        return SimpleNamespace(logits=logits, temporal_attention=temporal, audio_attention=audio_attention,
-                               visual_scores=None, visual_kept=None, fusion_attention=None)
-
-
-@pytest.fixture(scope="module")
-def model():
-    seed_everything(0)
-    return MultimodalFER.from_preset("tiny", RAVDESS_EMOTIONS)
+    def forward(self, audio=None, video=None, output_attentions=False, **others):
+        logits = torch.zeros(len(video), 8, device=video.device)
+        if self.window:
+            a, b = (round(w * 16_000) for w in self.window)
+            logits[:, 4] = 5 * audio[:, a:b].abs().mean(1) * self.weight
+        if self.place:
+            x0, y0, x1, y1 = self.place
+            seen = video[:, self.pictures, :, y0:y1, x0:x1].float() / 255
+            logits[:, 3] = 5 * seen.mean((1, 2, 3, 4)) * self.weight
+        return FEROutput(logits=logits)
 
 
-@few
-@given(st.integers(1, 50), st.floats(0.5, 6), st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_shares_add_up_to_the_window(n, length, ends):
-    start, end = sorted(e * length for e in ends)
-    inside = ex.share_inside(n, length, start, end)
-    assert inside.sum() * length / n == pytest.approx(end - start, abs=1e-9)
-    assert inside.min() >= 0 and inside.max() <= 1 + 1e-9
-
+# Attention as it is
 
 @few
 @given(st.integers(1, 60))
@@ -79,44 +87,22 @@ def test_even_shares_are_a_distribution_in_each_segment(n):
     assert ex.even_shares(n, 8).sum(1) == pytest.approx(np.ones(8))
 
 
-@few
-@given(st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda w: abs(w[0] - w[1]) > 0.01))
-def test_a_model_without_preference_hits_by_chance(window):
-    start, end = sorted(window)
-    sound = ex.even_shares(25, 8).mean(0)
-    frames = ex.even_shares(16, 8).mean(0)
-    e = even_explanation(np.full((16, 8, 8), 1 / 64), frames, sound)
-    hits = ex.cue_hit(e, dict(start=2 * start, end=2 * end, box=[start, 0.1, end, 0.6]))
-    for h in hits.values(): assert h["inside"] == pytest.approx(h["chance"])
-    assert hits["patches"]["chance"] == pytest.approx((end - start) * 0.5)
-
-
-def test_a_model_that_looks_at_the_cue_hits_fully():
-    patches = np.zeros((16, 8, 8))
-    patches[:, 2:4, 4:6] = 0.25
-    e = even_explanation(patches, frames=np.eye(16)[5], segments=np.eye(8)[2])
-    hits = ex.cue_hit(e, dict(start=0.5, end=0.75, box=[0.5, 0.25, 0.75, 0.5]))  # x 4 to 5, y 2 to 3
-    assert [hits[k]["inside"] for k in ("segments", "frames", "patches")] == pytest.approx([1, 1, 1])
-    assert hits["patches"]["chance"] == pytest.approx(1 / 16) and "sound" not in hits
-
-
 @pytest.mark.parametrize("seconds, frames", [(2.0, 16), (1.37, 12), (0.3, 5)])
-def test_maps_are_distributions(model, seconds, frames):
-    e = ex.explain(model, processor, make_clip(seconds, frames))
-    assert e.segments.sum() == pytest.approx(1, abs=1e-4) and e.sound.sum() == pytest.approx(1, abs=1e-4)
-    assert e.frames.sum() == pytest.approx(1, abs=1e-4) and len(e.frames) == frames
-    assert e.patches.sum((1, 2)) == pytest.approx(np.ones(frames), abs=1e-4)
-    assert ((e.patches > 0).sum((1, 2)) == model.config.visual.top_k).all()
-    assert e.sound[-1] > 0 and e.fusion.sum(1) == pytest.approx(np.ones(16), abs=1e-3)
-
-
-def test_patch_weight_stands_at_the_place_of_the_patch():
-    scores = torch.zeros(1, 1, 16)
-    scores[0, 0, 6] = 5.0  # row 1, column 2 of 4 x 4
-    out = SimpleNamespace(visual_scores=scores, visual_kept=torch.tensor([[[6, 9]]]))
-    weight = ex._patch_weight(out)[0]
-    assert np.unravel_index(weight.argmax(), weight.shape) == (1, 2)
-    assert weight[2, 1] == pytest.approx(1 / (1 + np.exp(5)), rel=1e-4)
+@pytest.mark.parametrize("system", ["lfm2", "attention"])
+def test_weights_are_shared_out_without_a_rest(system, seconds, frames):
+    model = tiny(system)
+    e = ex.explain(model, processor, make_clip(seconds, frames), tuple(WEIGHTS))
+    assert e.segments.sum() == pytest.approx(1, abs=1e-4)
+    attention = e.maps["attention"]
+    assert attention.sound.sum() == pytest.approx(1, abs=1e-4)
+    assert attention.patches.sum() == pytest.approx(1, abs=1e-4)
+    rolled = e.maps["rollout"]
+    assert rolled.sound.sum() + rolled.patches.sum() == pytest.approx(1, abs=1e-4)
+    assert ((attention.patches > 0).sum((1, 2)) <= model.config.visual.top_k).all()
+    for found in (attention, rolled):
+        assert found.patches.shape == (frames, 8, 8)
+        assert found.frames == pytest.approx(found.patches.sum((1, 2)))
+        assert found.place == pytest.approx(found.patches.sum(0))
 
 
 def gates_in_use(model, clip):
@@ -126,60 +112,296 @@ def gates_in_use(model, clip):
     hook = model.visual.roi.register_forward_hook(note)
     with torch.inference_mode(): model.eval()(**processor(clip))
     hook.remove()
-    patches, _, kept = seen["made"]
+    patches, _, kept, _ = seen["made"]
     before = seen["tokens"].gather(1, kept[..., None].expand(-1, -1, seen["tokens"].shape[-1]))
     after = patches[:, :kept.shape[1]]
     return ((after * before).sum(-1) / before.square().sum(-1)).numpy(), kept.numpy()
 
 
-@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("spread", [1.0, 6.0])
 def test_the_gates_that_are_drawn_are_those_that_the_model_uses(spread):
-    seed_everything(1)
-    model = MultimodalFER.from_preset("tiny", RAVDESS_EMOTIONS)
+    model = tiny(seed=1)
     with torch.no_grad(): model.visual.roi.scorer[-1].weight.mul_(spread)
     clip = make_clip()
     gates, kept = gates_in_use(model, clip)
-    drawn = ex.explain(model, processor, clip).patches.reshape(len(kept), -1)
+    found = ex.explain(model, processor, clip, ("attention",)).maps["attention"]
+    drawn = found.patches.reshape(len(kept), -1) / found.frames[:, None]
     assert np.take_along_axis(drawn, kept, 1) * kept.shape[1] == pytest.approx(gates, abs=1e-3)
     if spread > 1: assert gates.max() > 3 and gates.min() < 0.1, "the test needs gates that differ"
 
 
-def test_padded_sound_frames_are_cut_off():
-    assert len(ex.explain(Planted(), processor, make_clip()).sound) == 40
+def test_padding_has_no_weight(model):
+    short = make_clip(1.0)
+    alone = processor(short)
+    together = processor([short, make_clip(2.0)])
+    with torch.inference_mode():
+        out = model(**alone, output_attentions=True)
+        padded = model(**together, output_attentions=True)
+    for method in (ex._attention, ex._rollout):
+        a = method(out)
+        b = method(padded)  # of the first clip of the batch
+        assert len(a.sound) == len(b.sound) == 13
+        assert b.sound == pytest.approx(a.sound, abs=1e-4) and b.patches == pytest.approx(a.patches, abs=1e-4)
 
 
-def test_occlusion_finds_the_window_that_decides_whatever_attention_says():
+def test_what_is_explained_is_handed_on_as_the_model_gives_it(model, explanation):
+    with torch.inference_mode(): out = model(**processor(make_clip()), output_attentions=True)
+    assert explanation.fusion == pytest.approx(out.fusion_attention[0].numpy(), abs=1e-5)
+    assert explanation.segments == pytest.approx(out.temporal_attention[0].numpy(), abs=1e-5)
+    assert explanation.probabilities.to_numpy() == pytest.approx(out.probabilities[0].numpy(), abs=1e-5)
+    assert list(explanation.probabilities.index) == list(RAVDESS_EMOTIONS)
+    assert explanation.emotion == RAVDESS_EMOTIONS[out.logits.argmax()]
+
+
+# Rollout
+
+@few
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
+def test_rollout_mixes_and_loses_nothing(layers, n, seed):
+    attention = np.random.default_rng(seed).dirichlet(np.ones(n), (layers, n))
+    mixed = ex.rollout(attention)
+    assert mixed.sum(1) == pytest.approx(np.ones(n))
+    assert (np.diag(mixed) >= 0.5**layers - 1e-9).all()
+
+
+def test_rollout_applies_the_later_layer_last():
+    first = np.eye(3)[[1, 1, 2]]   # token 0 looks at 1
+    second = np.eye(3)[[0, 1, 0]]  # token 2 looks at 0
+    assert ex.rollout(np.stack([first, second]))[2] == pytest.approx([0.25, 0.25, 0.5])
+
+
+def test_rollout_sees_where_the_fusion_takes_from():
+    "Everything looks at v1: the pictures of the first segment gain."
+    fusion = torch.zeros(1, 1, 2, 16, 16)
+    fusion[..., 1] = 1
+    frames = torch.full((1, 1, 8), 1.0)
+    out = FEROutput(temporal_attention=torch.full((1, 8), 1 / 8), fusion_attention=fusion,
+                    audio_attention=torch.eye(8)[None], visual_gates=frames.mT,
+                    visual_kept=torch.zeros(1, 8, 1, dtype=torch.long), visual_scores=torch.zeros(1, 8, 4))
+    found = ex._rollout(out)
+    assert found.sound == pytest.approx(np.full(8, 1 / 32))
+    assert found.frames == pytest.approx([1 / 32 + 0.5, *[1 / 32] * 7])
+
+
+# Gradients
+
+def test_gradient_x_attention_is_what_a_small_change_of_the_gates_would_do(model):
+    "Against a difference quotient: all gates of one picture, turned up a little."
     clip = make_clip()
-    clip.audio[8_000:12_000] *= 8
-    for reported in (2, 6):  # the decisive segment is 2; segment 6 is a lie
-        e = ex.explain(Planted(reported=reported), processor, clip)
-        o = ex.occlude(Planted(reported=reported), processor, clip, share=1 / 8, progress=False)
-        assert e.segments.argmax() == reported and e.emotion == "angry"
-        assert o["sound"].argmax() == 2 and o["sound"].max() > 0.5
-        assert o["sound"].drop(2).abs().max() < 1e-5 and o["pictures"].abs().max() == 0
-        assert (ex.agreement(e, o)["sound"] > 0.5) == (reported == 2)
+    answer = 3
+    found = ex._gradient_attention(model, processor, clip, answer)
+    moved = []
+    for factor in (0.99, 1.01):
+        def turn(_, given, made, factor=factor):
+            tokens = made[0].clone()
+            tokens[5, :model.config.visual.top_k] *= factor
+            return tokens, *made[1:]
+        hook = model.visual.roi.register_forward_hook(turn)
+        with torch.inference_mode(): logits = model.double()(**as_double(processor(clip))).logits
+        hook.remove()
+        moved.append(logits.log_softmax(-1)[0, answer].item())
+    model.float()
+    assert found.frames[5] == pytest.approx((moved[1] - moved[0]) / 0.02, rel=0.02, abs=1e-4)
 
 
-def test_batches_of_windows_get_the_answers_of_single_windows(model, monkeypatch):
-    together = ex.occlude(model, processor, make_clip(), progress=False)
-    monkeypatch.setattr(ex, "_BATCH", 1)
-    alone = ex.occlude(model, processor, make_clip(), progress=False)
-    assert together.shape == (8, 5) and together["both"].abs().max() > 1e-4
-    pd.testing.assert_frame_equal(together, alone, atol=1e-5)
+def as_double(inputs): return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-def test_windows_are_asked_in_batches(model, monkeypatch):
-    sizes = []
-    note = model.register_forward_pre_hook(lambda _, args, inputs: sizes.append(len(inputs["audio"])),
-                                           with_kwargs=True)
-    ex.occlude(model, processor, make_clip(), progress=False)
-    note.remove()
-    assert sum(sizes) == 1 + 3 * 8 and len(sizes) <= 4
+@pytest.mark.parametrize("method", ["_gradient_attention", "_integrated_gradients"])
+def test_gradients_leave_nothing_behind(model, method):
+    model.train()
+    model.requires_grad_(False)
+    found = getattr(ex, method)(model, processor, make_clip(), 0)
+    assert np.abs(found.sound).max() > 0 and np.abs(found.frames).max() > 0
+    assert model.training and not any(w.requires_grad or w.grad is not None for w in model.parameters())
+    assert not any(m._forward_hooks for m in (model.audio.front, model.visual.roi, model.visual.roi.scorer))
+    model.requires_grad_(True).eval()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_integrated_gradients_are_complete(system):
+    model = tiny(system)
+    clip = make_clip()
+    with ex._gradients(model) as device:
+        usual, given, log_probability = ex._way(model, processor(clip, device=device), 2)
+        difference = (log_probability(*given.values()) - log_probability(*usual.values())).item()
+    found = ex._integrated_gradients(model, processor, clip, 2)
+    parts = [x.sum() for x in (found.sound, found.patches) if x is not None]
+    assert len(parts) == (1 if "only" in system else 2)
+    assert sum(parts) == pytest.approx(difference, abs=0.01 + 0.02 * abs(difference))
+    assert abs(difference) > 0.01, "the test needs a difference"
+
+
+def test_the_way_ends_at_the_clip_itself(model):
+    clip = make_clip()
+    with ex._gradients(model) as device:
+        inputs = processor(clip, device=device)
+        _, given, log_probability = ex._way(model, inputs, 2)
+        end = log_probability(*given.values()).item()
+        assert end == pytest.approx(model(**inputs).logits.log_softmax(-1)[0, 2].item(), abs=1e-4)
+
+
+def test_without_holding_the_patches_completeness_is_lost(monkeypatch):
+    "Why the patches are held: the choice of patches jumps, which no gradient sees."
+    hooked = ex._hooked
+    model = tiny()
+    gaps = []
+    for hold in (True, False):
+        if not hold:
+            monkeypatch.setattr(ex, "_hooked", lambda m, hook: hooked(None if m is model.visual.roi.scorer else m, hook))
+        with ex._gradients(model) as device:
+            usual, given, f = ex._way(model, processor(make_clip(), device=device), 2)
+            ends = [tuple(end.values()) for end in (given, usual)]
+            found = IntegratedGradients(f).attribute(*ends, n_steps=32, internal_batch_size=8)
+            gaps.append(abs(sum(x.sum() for x in found) - f(*ends[0]) + f(*ends[1])).item())
+    assert gaps[0] < 0.01 < gaps[1]
+
+
+def test_nothing_is_credited_to_what_never_changes(model):
+    clip = make_clip()
+    clip.frames[:, :32] = clip.frames[:1, :32]  # the upper half stands still
+    found = ex._integrated_gradients(model, processor, clip, 2)
+    assert np.abs(found.patches[:, :4]).max() == 0 < np.abs(found.patches[:, 4:]).max()
+
+
+# Covers
+
+windows = st.tuples(st.floats(0, 2), st.floats(0, 2)).map(sorted).filter(lambda w: 0.01 < w[1] - w[0] < 1.9)
+
+
+@few
+@given(windows, st.sampled_from(ex.COVERS["sound"]), st.integers(0, 99))
+def test_a_cover_of_sound_depends_on_nothing_that_it_covers(window, kind, seed):
+    clip = make_clip()
+    inside = np.zeros(32_000, bool)
+    inside[round(window[0] * 16_000):round(window[1] * 16_000)] = True
+    other = replace(clip, audio=np.where(inside, make_clip(seed=seed).audio * 7 + 1, clip.audio).astype(np.float32))
+    covered = ex.cover_sound(clip, *window, kind)
+    assert np.array_equal(covered.audio, ex.cover_sound(other, *window, kind).audio)
+    assert np.array_equal(covered.audio[~inside], clip.audio[~inside])
+    assert covered.audio.dtype == np.float32 and np.isfinite(covered.audio).all()
+    assert np.array_equal(covered.frames, clip.frames)
+
+
+@few
+@given(windows, st.sampled_from(ex.COVERS["pictures"]))
+def test_a_cover_of_pictures_depends_on_nothing_that_it_covers(window, kind):
+    clip = make_clip()
+    inside = (clip.times >= window[0]) & (clip.times < window[1])
+    other = replace(clip, frames=np.where(inside[:, None, None, None], 255 - clip.frames, clip.frames))
+    covered = ex.cover_pictures(clip, *window, kind)
+    assert np.array_equal(covered.frames, ex.cover_pictures(other, *window, kind).frames)
+    assert np.array_equal(covered.frames[~inside], clip.frames[~inside])
+    assert not inside.any() or (covered.frames != clip.frames)[inside].any((1, 2, 3)).all()
+
+
+boxes = st.tuples(*[st.integers(0, 8)] * 4).map(lambda b: (*np.minimum(b[:2], b[2:]), *np.maximum(b[:2], b[2:])))
+
+
+@few
+@given(boxes.filter(lambda b: b[0] < b[2] and b[1] < b[3] and b != (0, 0, 8, 8)), st.sampled_from(ex.COVERS["place"]))
+def test_a_cover_of_a_place_depends_on_nothing_that_it_covers(box, kind):
+    clip = make_clip(frames=3)
+    x0, y0, x1, y1 = np.multiply(box, 8)
+    inside = np.zeros((64, 64), bool)
+    inside[y0:y1, x0:x1] = True
+    other = replace(clip, frames=np.where(inside[..., None], 255 - clip.frames, clip.frames))
+    covered = ex.cover_place(clip, np.divide(box, 8), kind)
+    assert np.array_equal(covered.frames, ex.cover_place(other, np.divide(box, 8), kind).frames)
+    assert np.array_equal(covered.frames[:, ~inside], clip.frames[:, ~inside])
+    assert (covered.frames != clip.frames)[:, inside].any((1, 2)).all()
+
+
+def test_hush_is_as_quiet_as_the_quietest_moment_and_noise_as_loud_as_all():
+    clip = make_clip()
+    clip.audio[:4_000] *= 0.01
+    loud = clip.audio[4_000:16_000].std()
+    heard = {kind: ex.cover_sound(clip, 1.0, 1.5, kind).audio[16_100:23_900].std() for kind in ex.COVERS["sound"]}
+    assert heard["hush"] < 0.05 * loud
+    assert heard["noise"] == pytest.approx(np.delete(clip.audio, slice(16_000, 24_000)).std(), rel=0.1)
+
+
+def test_a_repeated_stretch_is_a_stretch_from_outside():
+    clip = make_clip()
+    covered = ex.cover_sound(clip, 1.5, 1.75, "repeat").audio
+    assert np.array_equal(covered[24_080:27_920], clip.audio[80:3_920])
+
+
+def test_covers_begin_without_a_click():
+    "On a slow wave no sample may jump further than the wave itself does, times a few."
+    clip = replace(make_clip(), audio=np.sin(np.arange(32_000) / 60).astype(np.float32))
+    covered = ex.cover_sound(clip, 0.51, 1.03, "repeat").audio
+    assert np.abs(np.diff(covered)).max() < 5 * np.abs(np.diff(clip.audio)).max()
+
+
+def test_hold_shows_the_nearest_picture_outside():
+    covered = ex.cover_pictures(make_clip(), 0.5, 1.0, "hold").frames  # pictures 4 to 7
+    clip = make_clip()
+    assert [int((covered[t] == clip.frames).all((1, 2, 3)).argmax()) for t in range(4, 8)] == [3, 3, 8, 8]
+
+
+@pytest.mark.parametrize("cover, where", [(ex.cover_sound, (0, 2.0)), (ex.cover_pictures, (0, 2.0)),
+                                          (ex.cover_place, ((0, 0, 1, 1),))])
+def test_where_nothing_is_left_outside_a_cover_refuses(cover, where):
+    with pytest.raises(MmferError, match="made-up.mp4 has no"): cover(make_clip(), *where)
+    with pytest.raises(MmferError, match="choose one of"): cover(make_clip(), *where, "black")
+
+
+# Occlusion
+
+@pytest.mark.parametrize("window, bin", [((0.5, 0.75), 5), ((1.25, 1.5), 11), ((0, 0.2), 0)])
+def test_occlusion_finds_the_moment_that_decides(window, bin):
+    clip = make_clip()
+    a, b = (round(w * 16_000) for w in window)
+    clip.audio[a:b] *= 8
+    found = ex.occlude(Planted(window), processor, clip, dict(sound=ex.COVERS["sound"]))
+    assert found.sound.max() > 0.5 and found.sound[bin] == pytest.approx(found.sound.max(), abs=0.1)
+    assert found.frames is None and found.place is None and found.patches is None
+    far = np.abs((np.arange(16) + 0.5) / 8 - np.mean(window)) > 0.6
+    assert np.abs(found.sound[far]).max() < 1e-5
+
+
+def test_occlusion_finds_the_place_and_the_pictures_that_decide():
+    clip = make_clip()
+    clip.frames[:] = 40
+    clip.frames[6:9, 24:40, 8:24] = 250  # rows 3 and 4, columns 1 and 2 of the patches
+    found = ex.occlude(Planted(place=(8, 24, 24, 40), pictures=slice(6, 9)), processor, clip)
+    assert np.unravel_index(found.place.argmax(), (8, 8)) in {(3, 1), (3, 2), (4, 1), (4, 2)}
+    assert found.frames.argmax() in (6, 7, 8) and np.abs(found.sound).max() == 0
+    assert found.patches.sum() == pytest.approx(1)
+    t, row, column = np.unravel_index(found.patches.argmax(), found.patches.shape)
+    assert t in (6, 7, 8) and row in (3, 4) and column in (1, 2)
+
+
+def test_of_several_kinds_of_cover_the_least_fall_counts(model):
+    clip = make_clip()
+    kinds = [ex.occlude(model, processor, clip, dict(sound=(kind,))).sound for kind in ex.COVERS["sound"]]
+    together = ex.occlude(model, processor, clip, dict(sound=ex.COVERS["sound"])).sound
+    assert together == pytest.approx(np.min(kinds, 0), abs=1e-4)
+    assert (np.argmin(kinds, 0) > 0).any(), "the test needs kinds that differ"
+
+
+def test_versions_asked_together_get_the_answers_of_single_ones(model, monkeypatch):
+    clips = [make_clip(), make_clip(1.5, 12, seed=1), without(make_clip(), "audio"), without(make_clip(), "frames")]
+    together = ex.log_probabilities(model, processor, clips)
+    alone = np.concatenate([ex.log_probabilities(model, processor, [clip]) for clip in clips])
+    with torch.inference_mode():
+        plain = [model(**processor(clip, missing_ok=True)).logits.log_softmax(-1)[0].numpy() for clip in clips]
+    assert together == pytest.approx(alone, abs=1e-4) and together == pytest.approx(np.stack(plain), abs=1e-4)
+
+
+def test_shared_pictures_pass_the_tower_once_and_versions_go_in_batches(model, monkeypatch):
+    read = []
+    encode = model.visual.encode
+    monkeypatch.setattr(model.visual, "encode", lambda frames: (read.append(len(frames)), encode(frames))[1])
+    ex.occlude(model, processor, make_clip(), dict(sound=ex.COVERS["sound"]))
+    assert read == [16] * 4  # 49 versions of the sound, 16 at a time, all with the same 16 pictures
 
 
 def test_the_face_of_a_clip_as_filmed_is_looked_for_once(model, monkeypatch):
     crop = make_clip()
-    filmed = Clip(crop.path, crop.audio, crop.frames, crop.times, crop.duration)
+    wide = np.pad(crop.frames, ((0, 0), (0, 0), (20, 20), (0, 0)))  # the middle square is the crop
+    filmed = Clip(crop.path, crop.audio, wide, crop.times, crop.duration)
     found = []
     track = Processor.crop
 
@@ -187,101 +409,95 @@ def test_the_face_of_a_clip_as_filmed_is_looked_for_once(model, monkeypatch):
         found.append(isinstance(clip, FaceClip))
         return track(self, clip)
     monkeypatch.setattr(Processor, "crop", count)
-    o = ex.occlude(model, processor, filmed, progress=False)
+    of_film = ex.explain(model, processor, filmed, ("attention", "occlusion"))
     assert found.count(False) == 1
-    pd.testing.assert_frame_equal(o, ex.occlude(model, processor, crop, progress=False))
+    of_crop = ex.explain(model, processor, crop, ("attention", "occlusion"))
+    for name, found in of_crop.maps.items():
+        assert of_film.maps[name].sound == pytest.approx(found.sound, abs=1e-5)
 
 
-@pytest.mark.filterwarnings("error")
-def test_agreement_is_nan_where_a_side_ranks_nothing():
+# Shares
+
+four = st.lists(st.floats(-9, 9), min_size=4, max_size=4)
+
+
+@few
+@given(four)
+def test_shares_are_efficient_symmetric_and_give_nothing_for_nothing(worth):
+    none, sound, pictures, both = worth
+    shares = ex._shapley(none, sound, pictures, both)
+    assert shares.sum() == pytest.approx(both - none, abs=1e-9)
+    swapped = ex._shapley(none, pictures, sound, both)
+    assert swapped["sound"] == pytest.approx(shares["pictures"], abs=1e-9)
+    assert ex._shapley(none, none, pictures, pictures)["sound"] == pytest.approx(0, abs=1e-9)
+
+
+def test_shares_on_four_numbers():
+    assert ex._shapley(none=0, sound=1, pictures=2, both=4).to_dict() == dict(sound=1.5, pictures=2.5)
+
+
+@pytest.mark.parametrize("system", ["lfm2", "late", "early"])
+def test_shares_sum_to_what_the_answer_has_above_an_even_guess(system):
+    model = tiny(system)
     clip = make_clip()
-    e = ex.explain(Planted(), processor, clip)
-    o = ex.occlude(Planted(), processor, clip, share=1 / 8, progress=False)
-    assert np.isnan(ex.agreement(e, o.assign(sound=0.25))["sound"])
-    even = replace(e, sound=np.full(40, 1 / 40))
-    assert np.isnan(ex.agreement(even, o)["sound"]) and not np.isnan(ex.agreement(e, o)["sound"])
+    with torch.inference_mode():
+        cases = [model(**processor(c, missing_ok=True)).logits.log_softmax(-1)[0]
+                 for c in (clip, without(clip, "frames"), without(clip, "audio"))]
+    both, sound, pictures = (case[cases[0].argmax()].item() for case in cases)
+    shares = ex.modality_shares(model, processor, clip)
+    assert shares.sum() == pytest.approx(both + np.log(8), abs=1e-4)
+    assert shares["sound"] - shares["pictures"] == pytest.approx(sound - pictures, abs=1e-4)
 
 
-def test_covers_touch_only_their_window():
-    clip = make_clip()
-    sound = ex.mask_sound(clip, 0.5, 1.0)
-    pictures = ex.mask_pictures(clip, 0.5, 1.0)
-    outside = np.r_[0:8_000, 16_000:32_000]
-    assert np.array_equal(sound.audio[outside], clip.audio[outside]) and sound.audio.dtype == np.float32
-    assert not np.isclose(sound.audio[8_000:16_000], clip.audio[8_000:16_000]).all()
-    assert sound.audio[8_000:16_000].std() == pytest.approx(clip.audio.std(), rel=0.1)  # as loud as the clip
-    changed = (pictures.frames != clip.frames).any((1, 2, 3))
-    assert changed.tolist() == [4 <= t < 8 for t in range(16)]
-    assert np.array_equal(pictures.audio, clip.audio) and np.array_equal(sound.frames, clip.frames)
+# Systems and clips that lack something
+
+HAVE = dict(late=ex.METHODS[2:], early=(ex.METHODS[0], *ex.METHODS[2:]), attention=ex.METHODS, lfm2=ex.METHODS,
+            audio_only=(ex.METHODS[0], *ex.METHODS[2:]), visual_only=(ex.METHODS[0], *ex.METHODS[2:]))
 
 
-def test_covering_every_picture_is_refused():
-    with pytest.raises(MmferError, match="outside"): ex.mask_pictures(make_clip(), 0, 2.0)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_method_that_a_system_lacks_is_not_there(system):
+    model = tiny(system)
+    own = Processor.for_model(model.config, faces="none")
+    e = ex.explain(model, own, make_clip(1.0, 6))
+    assert tuple(e.maps) == HAVE[system]
+    assert (e.segments is None) == (system == "late") and (e.fusion is None) == (system not in ("attention", "lfm2"))
+    assert (e.shares is None) == (len(own.modalities) == 1)
+    for found in e.maps.values():
+        assert (found.sound is None) == (system == "visual_only")
+        for values in (found.patches, found.frames, found.place): assert (values is None) == (system == "audio_only")
+        assert all(np.isfinite(x).all() for x in vars(found).values() if x is not None)
+
+
+@pytest.mark.parametrize("missing", ["audio", "frames"])
+def test_a_modality_that_a_clip_lacks_is_left_out(model, missing):
+    e = ex.explain(model, processor, without(make_clip(1.0, 6), missing))
+    assert tuple(e.maps) == ex.METHODS and e.shares is None
+    for found in e.maps.values():
+        assert (found.sound is None) == (missing == "audio") and (found.patches is None) == (missing == "frames")
+    with pytest.raises(MmferError, match="one modality"):
+        ex.modality_shares(model, processor, without(make_clip(), missing))
+
+
+def test_a_model_that_shows_nothing_can_be_occluded():
+    e = ex.explain(Planted(place=(0, 0, 8, 8)), processor, make_clip(1.0, 4))
+    assert list(e.maps) == ["occlusion"] and e.segments is None and e.fusion is None
+
+
+def test_methods_come_in_their_order_and_unknown_ones_are_named(model):
+    e = ex.explain(model, processor, make_clip(1.0, 4), ("rollout", "attention"))
+    assert list(e.maps) == ["attention", "rollout"]
+    with pytest.raises(MmferError, match="'feeling' is unknown.*occlusion"):
+        ex.explain(model, processor, make_clip(), ("feeling",))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_put_back_and_dropout_is_off(model, training):
     model.train(training)
-    first = ex.explain(model, processor, make_clip())
-    second = ex.explain(model, processor, make_clip())
-    assert model.training == training and first.probabilities.equals(second.probabilities)
-
-
-def test_mode_is_put_back_after_an_error(model):
-    model.train()
-    with pytest.raises(MmferError): ex.explain(model, replace(processor, image_size=32), make_clip())
-    assert model.training
-
-
-@pytest.mark.parametrize("missing", ["audio", "frames"])
-def test_a_missing_modality_is_left_out(model, missing):
-    gone = dict(audio=None) if missing == "audio" else dict(frames=None, track=None)
-    clip = replace(make_clip(), **gone)
-    e = ex.explain(model, processor, clip)
-    o = ex.occlude(model, processor, clip, windows=3, progress=False)
-    gone = "sound" if missing == "audio" else "pictures"
-    assert (e.sound is None) == (missing == "audio") and (e.patches is None) == (missing == "frames")
-    assert gone not in o and "both" not in o and len(o) == 3
-    assert gone not in ex.agreement(e, o)
-    assert ex.plot_explanation(e, clip).get_suptitle().startswith("made-up: ")
-    assert len(ex.plot_occlusion(o).axes) == 1
-
-
-def test_late_fusion_says_what_to_use():
-    late = MultimodalFER.from_preset("tiny", RAVDESS_EMOTIONS, "late")
-    with pytest.raises(MmferError, match="occlude"): ex.explain(late, processor, make_clip())
-    assert np.isfinite(ex.occlude(late, processor, make_clip(), windows=2, progress=False).to_numpy()).all()
-
-
-def test_a_clip_as_filmed_goes_through_the_same_crop(model):
-    crop = make_clip()
-    wide = np.pad(crop.frames, ((0, 0), (0, 0), (20, 20), (0, 0)))  # the middle square is the crop
-    filmed = Clip(crop.path, crop.audio, wide, crop.times, crop.duration)
-    of_file = ex.explain(model, processor, filmed)
-    of_crop = ex.explain(model, processor, crop)
-    assert np.array_equal(of_file.patches, of_crop.patches)
-    assert of_file.probabilities.equals(of_crop.probabilities)
-
-
-def test_names_and_their_number_are_those_of_the_model():
-    seed_everything(0)
-    three = MultimodalFER.from_preset("tiny", ("shy", "bold", "bored"))
-    e = ex.explain(three, processor, make_clip())
-    assert list(e.probabilities.index) == ["shy", "bold", "bored"]
-    with torch.inference_mode(): answer = three.eval()(**processor(make_clip())).logits.argmax()
-    assert e.emotion == ("shy", "bold", "bored")[answer]
-    assert f"the model says {e.emotion}" in ex.plot_explanation(e, make_clip()).get_suptitle()
-
-
-def test_outline_of_one_patch_is_its_four_sides():
-    mask = np.zeros((4, 4), bool)
-    mask[1, 2] = True
-    corners = {p for line in ex._outline(mask, 0, 4) for p in line}
-    assert len(ex._outline(mask, 0, 4)) == 4 and corners == {(2, 0.75), (3, 0.75), (2, 0.5), (3, 0.5)}
-
-
-def test_pictures_leave_no_open_figure(model):
-    before = plt.get_fignums()
-    truth = dict(start=0.5, end=1.0, box=[0.2, 0.2, 0.8, 0.8])
-    ex.plot_explanation(ex.explain(model, processor, make_clip()), make_clip(), truth)
-    assert plt.get_fignums() == before
+    first = ex.explain(model, processor, make_clip(1.0, 4))
+    second = ex.explain(model, processor, make_clip(1.0, 4))
+    assert model.training == training
+    pd.testing.assert_series_equal(first.probabilities, second.probabilities)
+    for name, found in first.maps.items():
+        assert found.sound == pytest.approx(second.maps[name].sound, abs=1e-6)
+    model.eval()
