@@ -1,6 +1,6 @@
 """Does choosing patches help, once a small part of the face decides?
 
-    python benchmarks/roi_study.py [--towers frozen trained] [--seeds 0 1 2 3 4]
+    python benchmarks/roi_study.py [--towers frozen trained] [--seeds 0 1 2 3 4] [--variants softmax ...]
 
 The visual branch in its smallest size, on the four groups of toy faces. `sorrow` and `stern`, the pair, differ
 in the colour of two cheek spots alone, and lamps on the wall show the same colours. Every seed draws its own
@@ -28,20 +28,22 @@ from mmfer.toy import FACE_GROUPS, make_actor, perform, script
 from mmfer.visual import ROICompressor, VisualBranch, _global_tokens
 
 GROUPS = list(FACE_GROUPS)
+TOWERS = ("frozen", "trained")
 PAIR = [GROUPS.index("sorrow"), GROUPS.index("stern")]
 
 
 @dataclass
 class Settings:
     "What is trained, and how often."
-    towers: tuple[str, ...] = ("frozen", "trained")
+    towers: tuple[str, ...] = TOWERS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    variants: tuple[str, ...] = ()  # names of `VARIANTS`; none: all of them
     train_speakers: int = 7
     test_speakers: int = 4
     clips: int = 60             # per speaker
     frames: int = 8             # pictures per clip of 2 s
     frozen_epochs: int = 12
-    trained_epochs: int = 6
+    trained_epochs: int = 16
     batch: int = 16
 
 
@@ -216,24 +218,29 @@ def cost(variant):
     return found
 
 
+def fixed(settings):
+    "What must be the same in all trainings that stand in one table."
+    return {name: value for name, value in asdict(settings).items() if name not in ("towers", "seeds", "variants")}
+
+
 def keep(settings, rows):
     "Write what there is so far."
     told = []
-    for tower in settings.towers:
+    for tower in TOWERS:
         found = {name: [r["accuracy"] for r in rows if (r["tower"], r["variant"]) == (tower, name)]
                  for name in VARIANTS}
-        means = ", ".join(f"{name} {mean(got):.2f}" for name, got in found.items() if got)
-        told.append(f"{tower} tower: {means}")
-    answer = "accuracy on unseen speakers, mean over seeds: " + "; ".join(told)
-    save("roi_study", answer, **asdict(settings), cost=[cost(name) for name in VARIANTS], rows=rows)
+        means = ", ".join(f"{name} {mean(got):.2f} ({len(got)} seeds)" for name, got in found.items() if got)
+        if means: told.append(f"{tower} tower: {means}")
+    answer = "accuracy on unseen speakers, mean: " + "; ".join(told)
+    save("roi_study", answer, **fixed(settings), cost=[cost(name) for name in VARIANTS], rows=rows)
 
 
 def done_before(settings):
-    "The rows of an earlier call whose trainings were the same, for whatever towers and seeds."
+    "The rows of an earlier call whose trainings were the same, for whatever towers, seeds and variants."
     path = RESULTS / "roi_study.json"
     if not path.exists(): return []
     found = json.loads(path.read_text())
-    same = all(found[name] == value for name, value in asdict(settings).items() if name not in ("towers", "seeds"))
+    same = all(found.get(name) == value for name, value in fixed(settings).items())
     return found["rows"] if same else []
 
 
@@ -242,16 +249,17 @@ def main(settings):
     rows = done_before(settings)
     for tower, seed in product(settings.towers, settings.seeds):
         done = [row["variant"] for row in rows if (row["tower"], row["seed"]) == (tower, seed)]
-        open_variants = [name for name in VARIANTS if name not in done]
-        if not open_variants: continue
+        missing = [name for name in settings.variants or VARIANTS if name not in done]
+        if not missing: continue
         n = settings.train_speakers
         groups = (range(1, n + 1), range(n + 1, n + 1 + settings.test_speakers))
         drawn = [draw(speakers, seed, settings) for speakers in groups]
         data = [(dict(video=video), labels, masks) for video, labels, masks in drawn]
         if tower == "frozen": data = tokens_of(data, seed)
-        for variant in open_variants:
+        for variant in missing:
             rows.append(try_variant(tower, variant, seed, data, settings))
             keep(settings, rows)
+    keep(settings, rows)
 
 
 if __name__ == "__main__": run(main, Settings)

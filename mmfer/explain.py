@@ -177,7 +177,8 @@ def _way(model, inputs, answer):
     return usual, given, log_probability
 
 # %% ../nbs/17_explain.ipynb #ig000002
-_STEPS = 32         # points on the way
+_STEPS = (32, 128)  # points on the way; the more, where the fewer leave a gap
+_GAP = 0.05         # nats that the shares may lack
 _STEPS_AT_ONCE = 4  # of them per batch: for a gradient all that was computed must be kept
 _BIN = 0.08         # seconds, as long as a frame of the audio encoder
 
@@ -188,8 +189,11 @@ def _integrated_gradients(model, processor, clip, answer):
         inputs = processor(clip, missing_ok=True, device=device)
         usual, given, log_probability = _way(model, inputs, answer)
         if not given: return Map()
-        found = IntegratedGradients(log_probability).attribute(
-            tuple(given.values()), tuple(usual.values()), n_steps=_STEPS, internal_batch_size=_STEPS_AT_ONCE)
+        ends = tuple(given.values()), tuple(usual.values())
+        for steps in _STEPS:
+            found, gap = IntegratedGradients(log_probability).attribute(
+                *ends, n_steps=steps, internal_batch_size=_STEPS_AT_ONCE, return_convergence_delta=True)
+            if gap.abs() < _GAP: break
     found = {name: _array(values) for name, values in zip(given, found)}
     sound = patches = None
     if "mel" in found:
@@ -250,7 +254,7 @@ def cover_sound(
     for side, edge in ((before[::-1], cover), (after, cover[::-1])):  # no click: begin as the mirrored outside
         n = min(_FADE, len(side), len(edge))
         rise = np.linspace(0, 1, n)
-        edge[:n] = np.sqrt(rise) * edge[:n] + np.sqrt(1 - rise) * side[:n]
+        edge[:n] = rise * edge[:n] + (1 - rise) * side[:n]
     audio = np.concatenate([before, cover, after]).astype(clip.audio.dtype)
     return dataclasses.replace(clip, audio=audio)
 
@@ -300,6 +304,8 @@ def _fill_scatter(frames, hole):
 
 
 def _fill_inpaint(frames, hole):
+    frames = frames.copy()
+    frames[:, hole > 0] = _fill_mean(frames, hole)  # cv2 looks into the hole that it fills
     return np.stack([cv2.inpaint(frame, hole, 3, cv2.INPAINT_TELEA)[hole > 0] for frame in frames])
 
 

@@ -29,27 +29,31 @@ from .core import atomic_write, choose, emotion_colours, require
 from .explain import COVERS, Explanation, cover_sound, explain, log_probabilities
 from .media import SAMPLE_RATE
 from .processor import FaceClip, Processor
-from .truth import TRUST
+from .truth import PARTS, TRUST
 
 # %% ../nbs/19_page.ipynb #edd37fb5
+_SHARES = ("attention", "rollout")  # methods whose weights add up to 1; those of the others are nats
+
+
 def trust_line(
     method: str,  # one of `METHODS`
 ) -> str:
     "How often a method was right where the truth is known. Raises `MmferError` for an unknown method."
     score = choose("method", method, TRUST)
-    asked = {"sound": "the cue's time in the sound", "frames": "in the pictures", "place": "its place"}
-    told = [f"{words} in {score[key]:.0%} (chance {score[f'{key}_chance']:.0%})"
-            for key, words in asked.items() if not np.isnan(score[key])]
+    asked = dict(zip(PARTS, ("the cue's time in the sound", "in the pictures", "its place")))
+    told = [f"{words} in {score[part]:.0%} (chance {score[f'{part}_chance']:.0%})"
+            for part, words in asked.items() if not np.isnan(score[part])]
+    route = " It shows where information passed, not why." if method in _SHARES else ""
     return (f"How far to trust {method}: on unseen cartoons, where the cue is known, its peak hit "
-            f"{', '.join(told)} of the clips. For this clip nobody knows.")
+            f"{', '.join(told)} of the clips. For this clip nobody knows.{route}")
 
 # %% ../nbs/19_page.ipynb #df18cd52
 def by_trust(
     explanation: Explanation,  # as `explain` returns it
 ) -> list:                     # names of its methods
     "The methods of an explanation, the one that was most often right where the truth is known first."
-    def score(method): return np.nanmean([TRUST[method][key] for key in ("sound", "frames", "place")])
-    return sorted(explanation.maps, key=score, reverse=True)
+    scores = pd.DataFrame(TRUST).loc[[*PARTS], [*explanation.maps]].mean()
+    return [*scores.sort_values(ascending=False, kind="stable").index]
 
 # %% ../nbs/19_page.ipynb #136b3948
 def _log_mel(clip):
@@ -66,9 +70,6 @@ def _draw_mel(ax, clip):
 _FOR = dict(fill=True, color="#0072B2")
 _AGAINST = dict(fill=True, facecolor="#F5C9A8", edgecolor="#D55E00", hatch="////")
 _CUE = dict(color="#E69F00", ls="--", lw=1.8)  # the truth looks the same in every picture
-
-
-_SHARES = ("attention", "rollout")  # methods whose weights add up to 1; those of the others are nats
 
 
 def _peak_time(values, duration):
@@ -126,7 +127,7 @@ def _draw_film(ax, e, clip, weights, truth):
         _draw_picture(ax, clip.frames[t], veil[t], _peak_box(weights.place), left, right)
         if truth and truth["start"] <= clip.times[t] < truth["end"]:
             for box in truth["place"]: _draw_box(ax, box, left, right, **_CUE)
-    title = "Pictures as the model gets them: bright patches count, the square counts most"
+    title = "Pictures as the model gets them: bright counts, the square most"
     if truth: title += ", true place dashed"
     ax.set(xlim=(0, e.duration), ylim=(0, 1), yticks=[], title=title)
 
@@ -258,7 +259,8 @@ def plot_explanation(
     """One page about one clip, for print. What the model doesn't use is left out.
 
     Raises `MmferError` for a method that the explanation does not hold."""
-    method = choose("method", method or by_trust(explanation)[0], [*explanation.maps])
+    methods = by_trust(explanation)
+    method = choose("map of this model and clip", method or methods[0], methods)
     rows = _timed_rows(explanation, clip, method, truth)
     above = sum(height for height, _ in rows) + 0.5 * len(rows)
     below = 2.6 if explanation.fusion is None else 4
@@ -321,7 +323,8 @@ def _weights_row(e, methods, what):
         if values.max() <= 0: label += "nothing speaks for the answer"
         else:
             label += f"the peak is at {peak:.2f} of {e.duration:.2f} seconds"
-            mark = f'<span class="peak" style="left:{100 * peak / e.duration:.2f}%" aria-hidden="true">▼</span>'
+            left = f"left:{100 * peak / e.duration:.2f}%"
+            mark = f'<span class="peak" style="{left}" aria-hidden="true">▼</span>'
         unit = "of the whole" if method in _SHARES else "nats"
         title = f"<h3>Weight of the {what}: {html.escape(method)}, up to {values.max():.3f} {unit}</h3>"
         layers.append(_layer(method, methods, f'{title}<div class="bars">{mark}{_bars(values, label)}</div>'))
@@ -381,6 +384,7 @@ output { font-variant-numeric: tabular-nums }
 .screen .cue { border: 3px dashed var(--cue) }
 """
 
+# %% ../nbs/19_page.ipynb #af8cc325
 _ROWS_STYLE = """
 .lines { position: relative; cursor: ew-resize; touch-action: pan-y }
 .film { position: relative; display: grid; grid-template-columns: repeat(var(--n), 1fr) }
@@ -464,6 +468,7 @@ function label() {
 }
 """
 
+# %% ../nbs/19_page.ipynb #c21e006f
 _EVENTS = """
 find("play").onclick = toggle;
 slider.oninput = () => go(Number(slider.value));
@@ -603,8 +608,8 @@ def _fusion_figure(fusion):
     told = html.escape(fusion_pattern(fusion))
     axes = f"<div>{axis}</div><div>{axis}</div>"
     return (f'<figure><div class="fusion">{axes}<img src="{image}" alt="{told}"></div><figcaption>{told} '
-            "Rows look, columns are looked at: a sound, v pictures, 1 to 8 in time. Bright: more than an even "
-            "share; empty: may not look.</figcaption></figure>")
+            "Rows look, columns are looked at: a sound, v pictures, 1 to 8 in time. Bright: more than an "
+            "even share; empty: may not look.</figcaption></figure>")
 
 
 def _whole(e):
@@ -617,8 +622,8 @@ def _whole(e):
     return "".join(parts)
 
 # %% ../nbs/19_page.ipynb #56895e7d
-_LEGEND = ("Blue speaks for the answer, orange below the line against it. ▼ marks the peak; the white square on "
-           "the picture is the place that counts most; dark patches count little.")
+_LEGEND = ("Blue speaks for the answer, orange below the line against it. ▼ marks the peak; the white square "
+           "on the picture is the place that counts most; dark patches count little.")
 
 
 def write_page(
@@ -633,7 +638,7 @@ def write_page(
     Raises `MmferError` for a method that the explanation does not hold."""
     e = explanation
     methods = by_trust(e)
-    if method: methods.sort(key=choose("method", method, methods).__ne__)
+    if method: methods.sort(key=choose("map of this model and clip", method, methods).__ne__)
     facts = {"duration": e.duration} | ({k: truth[k] for k in ("start", "end")} if truth else {})
     patches = {m: e.maps[m].patches for m in methods if e.maps[m].patches is not None}
     page = _PAGE.substitute(
@@ -719,5 +724,5 @@ def explore_cover(
         emotion = list(model.config.emotions)[best]
         return _plot_cover(covered(), window.value, answers[:, best], emotion)
 
-    def play(): return Audio(covered().audio, rate=SAMPLE_RATE, normalize=False)
+    def play(): return Audio(covered().audio.clip(-1, 1), rate=SAMPLE_RATE, normalize=False)
     _follow([draw, play], [window, kind])

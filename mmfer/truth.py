@@ -370,5 +370,6 @@ def agreement(
     return pd.DataFrame.from_dict(rows, orient="index")
 
 # %% ../nbs/18_truth.ipynb #50a58269
-# hit rates of each method on the toy, from benchmarks/results/explain_truth.json
-TRUST = {}
+# hit rates of each method on the toy, and those of random peaks; from benchmarks/results/explain_truth.json
+TRUST = {method: dict.fromkeys((f"{part}{end}" for part in PARTS for end in ("", "_chance")), float("nan"))
+         for method in METHODS}

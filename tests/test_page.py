@@ -45,8 +45,9 @@ def make_clip(seconds=2.0, frames=6, sound=True, pictures=True, name="made-up"):
 
 def make_explanation(clip, methods=("attention", "occlusion"), fusion=True):
     rng = np.random.default_rng(1)
-    sound = rng.normal(size=(len(methods), 10)) if clip.has_audio else [None] * len(methods)
-    patches = rng.normal(size=(len(methods), len(clip.times), 4, 4)) if clip.has_video else [None] * len(methods)
+    none = [None] * len(methods)
+    sound = rng.normal(size=(len(methods), 10)) if clip.has_audio else none
+    patches = rng.normal(size=(len(methods), len(clip.times), 4, 4)) if clip.has_video else none
     looks = np.tril(rng.uniform(1, 2, (2, 3, 16, 16)))
     both = clip.has_audio and clip.has_video
     return Explanation(
@@ -136,7 +137,8 @@ def test_the_ratio_in_the_sentence_is_that_of_the_map():
 
 
 @pytest.mark.parametrize("sound, pictures, told", [
-    (0.1, 1.9, "The pictures count more"), (1.2, -0.3, "The sound counts more"), (0.5, 0.52, "about equally")])
+    (0.1, 1.9, "The pictures count more"), (1.2, -0.3, "The sound counts more"),
+    (0.5, 0.52, "about equally")])
 def test_the_sentence_on_the_shares(sound, pictures, told):
     said = page.shares_sentence(pd.Series({"sound": sound, "pictures": pictures}))
     assert told in said and f"{sound:+.2f}" in said and f"{pictures:+.2f}" in said
@@ -149,7 +151,8 @@ def test_the_sentence_on_the_shares(sound, pictures, told):
 @given(numbers)
 def test_bars_are_as_high_as_their_values(values):
     drawn = np.zeros(len(values))
-    for i, height in re.findall(r"M(\d+) 0V(-?[\d.]+)h1", page._bars(values, "")): drawn[int(i)] = -float(height)
+    for i, height in re.findall(r"M(\d+) 0V(-?[\d.]+)h1", page._bars(values, "")):
+        drawn[int(i)] = -float(height)
     scale = max(values.max(), 0) - min(values.min(), 0)
     assert drawn * scale == pytest.approx(values, abs=1e-3 * scale)
 
@@ -198,9 +201,12 @@ def test_print_shows_method_attention_answer_and_trust():
     clip = make_clip()
     figure = page.plot_explanation(make_explanation(clip), clip, TRUTH, "attention")
     titles = " | ".join(drawn_titles(figure))
-    for part in ("Pictures as the model gets", "Weight of the pictures: attention", "log-mel", "Weight of the sound: attention",
-                 "Attention: weight of the segments", "Nothing stands out", "Answer", "Shapley"): assert part in titles
-    said = [text.get_text().replace("\n", " ") for part in (figure, *figure.subfigs) for text in part.findobj(plt.Text)]
+    for part in ("Pictures as the model gets", "Weight of the pictures: attention", "log-mel", "Answer",
+                 "Weight of the sound: attention", "Attention: weight of the segments", "Nothing stands out",
+                 "Shapley"):
+        assert part in titles
+    texts = [text for part in (figure, *figure.subfigs) for text in part.findobj(plt.Text)]
+    said = [text.get_text().replace("\n", " ") for text in texts]
     assert page.trust_line("attention") in said and "made-up: the model says grim" in said
 
 
@@ -226,7 +232,8 @@ def test_print_takes_the_picture_that_counts_most_of_each_part():
 
 def test_a_method_that_was_not_computed_is_told():
     clip = make_clip()
-    for use in (page.plot_explanation, lambda e, c, method: page.write_page(e, c, "never.html", method=method)):
+    def write(e, clip, method): page.write_page(e, clip, "never.html", method=method)
+    for use in (page.plot_explanation, write):
         with pytest.raises(MmferError, match="'rollout' is unknown: choose one of .*occlusion"):
             use(make_explanation(clip), clip, method="rollout")
     assert not Path("never.html").exists()
@@ -354,6 +361,65 @@ def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "page.html").read_text() == old and len([*tmp_path.iterdir()]) == 1
 
 
+# In a notebook
+
+
+class Shown:
+    "Stands in for IPython's display: what was shown, and what each place shows now."
+    def __init__(self):
+        self.objects = []
+
+    def __call__(self, thing, display_id=False):
+        self.objects.append(thing)
+        place = len(self.objects) - 1
+        return SimpleNamespace(update=lambda thing: self.objects.__setitem__(place, thing))
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    monkeypatch.setattr(page, "display", Shown())
+    return page.display
+
+
+def test_the_controls_choose_clip_method_layer_and_head(shown, monkeypatch):
+    clips = {name: make_clip(name=name) for name in "ab"}
+    asked = []
+    def explain(model, processor, clip):
+        asked.append(clip)
+        return make_explanation(clip)
+    monkeypatch.setattr(page, "explain", explain)
+    monkeypatch.setattr(page, "plot_explanation", lambda *drawn: drawn)
+    page.explore_clips(None, None, clips, {"b": TRUTH})
+    assert shown.objects[0][1:] == (clips["a"], None, "occlusion")  # a picture stands where no widget runs
+    clip, method, layer, head = shown.objects[1].children
+    clip.value = "b"
+    method.value = "attention"
+    layer.value = 1
+    head.value = 2
+    e, *others = shown.objects[0]
+    assert others == [clips["b"], TRUTH, "attention"] and len(asked) == 2
+    assert np.array_equal(e.fusion, make_explanation(clips["b"]).fusion[1:2, 2:3])
+    layer.value = "all"
+    assert shown.objects[0][0].fusion.shape == (2, 1, 16, 16)
+
+
+def test_the_window_is_covered_heard_and_judged(shown, monkeypatch):
+    clip = make_clip()
+    monkeypatch.setattr(page, "log_probabilities", lambda *_: np.log([[0.2, 0.8, 0], [0.5, 0.4, 0.1]]))
+    model = SimpleNamespace(config=SimpleNamespace(emotions=EMOTIONS))
+    page.explore_cover(model, None, clip)
+    window, kind = shown.objects[2].children
+    window.value = (0.5, 1.0)
+    figure, sound, _ = shown.objects
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["Sound from 0.50 to 1.00 s covered", "grim: -0.69 nats"]
+    heard = wavfile.read(io.BytesIO(sound.data))[1] / 32767
+    apart = np.abs(heard - clip.audio) > 0.01
+    assert apart[8000:16_000].mean() > 0.5 and not apart[:7000].any() and not apart[17_000:].any()
+    kind.value = kind.options[-1]
+    assert shown.objects[1].data != sound.data
+
+
 # In a browser
 
 MISSING = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
@@ -367,8 +433,8 @@ CHOOSE = """
 const choice = document.getElementById("method");
 choice.value = "attention";
 choice.dispatchEvent(new Event("change"));"""
-QUIET = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync", "mute-audio",
-         "disable-background-networking", "disable-component-update")
+QUIET = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+         "mute-audio", "disable-background-networking", "disable-component-update")
 
 
 class Browser:
@@ -396,7 +462,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def driver():
-    if MISSING: pytest.skip(f"no {' and no '.join(MISSING)} here: Debian's packages chromium and chromium-driver")
+    if MISSING: pytest.skip(f"no {', '.join(MISSING)} here: Debian has them as chromium and chromium-driver")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -170,7 +170,7 @@ def started(tmp_path_factory):
 
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(lr_fusion=0.5), "trained with lr_fusion=0.002, now it is 0.5"),
+    (dict(lr_fusion=0.5), "trained with lr_fusion=0.0006, now it is 0.5"),
     (dict(data=Clips(8)), "a training set of 9 clips, now it has 8; they differ in clip-8"),
     (dict(freeze=["fusion"]), r"freeze=\[\], now it is \['fusion'\]")])
 def test_another_run_is_refused_with_the_difference(changes, said, started):

@@ -220,6 +220,37 @@ def test_kept_patches_are_sorted_and_the_best(branch):
     assert (worst_kept >= others).all()
 
 
+# ---- the gates that are drawn are the gates that were used ----
+@few
+@given(k=st.integers(1, 16), frames=st.integers(1, 4), seed=st.integers(0, 99))
+def test_the_gates_are_what_the_kept_tokens_were_multiplied_with(k, frames, seed):
+    seed_everything(seed)
+    roi = visual.ROICompressor(8, k)
+    tokens = torch.randn(frames, 16, 8)
+    with torch.no_grad(): compressed, scores, kept, gates = roi(tokens, torch.rand(frames, 16) < 0.4)
+    of_kept = tokens.gather(1, kept[..., None].expand(-1, -1, 8))
+    torch.testing.assert_close(compressed[:, :k], gates[..., None] * of_kept)
+    torch.testing.assert_close(gates.mean(1), torch.ones(frames))
+    torch.testing.assert_close(gates.log().diff(dim=1), scores.gather(1, kept).diff(dim=1), **close)
+
+
+def test_the_gates_of_the_output_are_those_of_the_compressor(branch):
+    "Found in what the pool gets: the kept patches there are the tokens times the gates that come out."
+    video, roi = clips(2, 3)
+    lengths = torch.tensor([3, 2])
+    real = lengths_to_mask(lengths, 3)
+    pooled = []
+    hook = branch.pool.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            out = branch(video, lengths, roi)
+            tokens = branch.encode(video[real])
+    finally: hook.remove()
+    of_kept = tokens.gather(1, out.kept[real][..., None].expand(-1, -1, 32))
+    torch.testing.assert_close(pooled[0][:, :5], out.gates[real][..., None] * of_kept)
+    assert out.gates.shape == out.kept.shape and out.gates[~real].count_nonzero() == 0
+
+
 # ---- freezing, memory ----
 def test_freeze_and_unfreeze_count():
     branch = small(layers=3)
