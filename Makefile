@@ -69,7 +69,7 @@ readme: $(READY)
 # the pictures of README: the map of the chapters, and what `make train` last drew
 images: $(READY)
 	$(BIN)/python -c "from mmfer.evaluate import save_figure; from mmfer.lesson import draw_map; save_figure(draw_map(), 'nbs/images/system.png')"
-	cp runs/toy-tiny/attention.png nbs/images/attention.png
+	cp runs/toy-tiny/explanation.png nbs/images/explanation.png
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

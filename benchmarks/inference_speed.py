@@ -2,9 +2,9 @@
 
     python benchmarks/inference_speed.py [--presets tiny lightweight full] [--clips 16]
 
-`predict` on clips of 16 pictures and 3 s of sound, clips per second; `explain` and `occlude` (25 versions of
-a clip) of one clip, seconds; in this machine's precision. Random weights; they cost the same. Where there is
-a GPU, `CUDA_VISIBLE_DEVICES=` before the command hides it.
+`predict` on clips of 16 pictures and 3 s of sound, clips per second; `explain` by all its methods, and the
+longest of them, `occlude`, of one clip, seconds; in this machine's precision. Random weights; they cost the
+same. Where there is a GPU, `CUDA_VISIBLE_DEVICES=` before the command hides it.
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -2,12 +2,12 @@
 
     python benchmarks/roi_study.py [--towers frozen trained] [--seeds 0 1 2 3 4] [--variants softmax ...]
 
-The visual branch in its smallest size, on the four groups of toy faces. `sorrow` and `stern`, the pair, differ
-in the colour of two cheek spots alone, and lamps on the wall show the same colours. Every seed draws its own
-speakers, clips and weights, and is judged on speakers that were not trained on. A frozen tower keeps its random
-weights, so that its tokens carry no more than the picture; a trained tower learns with the rest. The mask says
-which patches have their centre in the box of brows, eyes, cheeks and mouth. A result is kept after each
-training: stopped and started again, the script goes on where it was.
+The visual branch in its smallest size, on the four groups of toy faces. `sorrow` and `stern`, the pair,
+differ in the colour of two cheek spots alone, and lamps on the wall show the same colours. Every seed draws
+its own speakers, clips and weights, and is judged on speakers that were not trained on. A frozen tower keeps
+its random weights, so that its tokens carry little more than their patch of the picture; a trained tower
+learns with the rest. The mask says which patches have their centre in the box of brows, eyes, cheeks and
+mouth. A result is kept after each training: stopped and started again, the script goes on where it was.
 """
 import json
 import time
@@ -29,6 +29,7 @@ from mmfer.visual import ROICompressor, VisualBranch, _global_tokens
 
 GROUPS = list(FACE_GROUPS)
 TOWERS = ("frozen", "trained")
+CHOICE = ("towers", "seeds", "variants")  # settings that say which trainings, and not how
 PAIR = [GROUPS.index("sorrow"), GROUPS.index("stern")]
 
 
@@ -218,9 +219,27 @@ def cost(variant):
     return found
 
 
+def cell(rows, name):
+    "Mean and range of a figure, with the number of seeds."
+    values = [row[name] for row in rows if row[name] is not None]
+    if not values: return "-" if rows else "not measured"
+    if len(values) == 1: return f"{values[0]:.2f} (1 seed)"
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f}, {len(values)} seeds)"
+
+
+def table(rows, tower):
+    "What chapter 07 shows, as Markdown."
+    figures = {"accuracy": "accuracy", "sorrow and stern": "pair", "kept on the face": "kept_in_box"}
+    lines = [["way", *figures], ["---"] * (1 + len(figures))]
+    for variant in VARIANTS:
+        mine = [row for row in rows if (row["tower"], row["variant"]) == (tower, variant)]
+        lines.append([variant, *(cell(mine, name) for name in figures.values())])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def fixed(settings):
     "What must be the same in all trainings that stand in one table."
-    return {name: value for name, value in asdict(settings).items() if name not in ("towers", "seeds", "variants")}
+    return {name: value for name, value in asdict(settings).items() if name not in CHOICE}
 
 
 def keep(settings, rows):
@@ -229,8 +248,9 @@ def keep(settings, rows):
     for tower in TOWERS:
         found = {name: [r["accuracy"] for r in rows if (r["tower"], r["variant"]) == (tower, name)]
                  for name in VARIANTS}
-        means = ", ".join(f"{name} {mean(got):.2f} ({len(got)} seeds)" for name, got in found.items() if got)
-        if means: told.append(f"{tower} tower: {means}")
+        means = ", ".join(f"{name}: {mean(got):.2f}" for name, got in found.items() if got)
+        seeds = sorted({row["seed"] for row in rows if row["tower"] == tower})
+        if means: told.append(f"{tower} tower, {len(seeds)} seed{'s' * (len(seeds) > 1)}: {means}")
     answer = "accuracy on unseen speakers, mean: " + "; ".join(told)
     save("roi_study", answer, **fixed(settings), cost=[cost(name) for name in VARIANTS], rows=rows)
 
@@ -260,6 +280,7 @@ def main(settings):
             rows.append(try_variant(tower, variant, seed, data, settings))
             keep(settings, rows)
     keep(settings, rows)
+    for tower in TOWERS: print(f"\n{tower}\n\n{table(rows, tower)}")
 
 
 if __name__ == "__main__": run(main, Settings)

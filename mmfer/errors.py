@@ -176,14 +176,15 @@ def browse_confusion(
 
     def show(true, answer):
         rows = clips_of_cell(results, true, answer)
-        head = html.escape(f"true {true}, answered {answer}: {len(rows)} clips, the {n} most confident")
+        some = f", the {n} most confident" if len(rows) > n else ""
+        head = html.escape(f"true {true}, answered {answer}: {len(rows)} clips{some}")
         clips.value = f"<p><b>{head}</b></p>{play_clips(rows.head(n), dataset).data}"
 
     grid = [widgets.Label("true \\ answer"), *map(widgets.Label, emotions)]
     for i, true in enumerate(emotions):
         grid.append(widgets.Label(true))
         grid += [_button(matrix[i][j], shares[i, j], true, answer, show) for j, answer in enumerate(emotions)]
-    layout = widgets.Layout(grid_template_columns=f"repeat({len(emotions) + 1}, 5.5em)", overflow="auto")
+    layout = widgets.Layout(grid_template_columns=f"repeat({len(emotions) + 1}, 6.5em)", overflow="auto")
     off = counts * ~np.eye(len(counts), dtype=bool)
     i, j = np.unravel_index((off if off.any() else counts).argmax(), counts.shape)
     show(emotions[i], emotions[j])

@@ -65,7 +65,7 @@ def _on_grid(out, values):
     side = round(n**0.5)
     return places.reshape(-1, side, side).numpy()
 
-# %% ../nbs/17_explain.ipynb #attn0002
+
 def _share_out(out, sound, pictures):
     "From the weight of each segment, `[S]` for each modality, to sound frames and to patches."
     found = Map()
@@ -115,7 +115,7 @@ def _hooked(module, hook):
     finally:
         if handle: handle.remove()
 
-# %% ../nbs/17_explain.ipynb #grad0002
+
 def _times_gradient(score, weights):
     "Weights times the gradient of a score; None for fixed weights, as those of a mean."
     if weights is None or not weights.requires_grad: return None
@@ -177,10 +177,22 @@ def _way(model, inputs, answer):
     return usual, given, log_probability
 
 # %% ../nbs/17_explain.ipynb #ig000002
-_STEPS = (32, 128)  # points on the way; the more, where the fewer leave a gap
-_GAP = 0.05         # nats that the shares may lack
+_STEPS = 16         # points on the way, or on a part of it
 _STEPS_AT_ONCE = 4  # of them per batch: for a gradient all that was computed must be kept
+_GAP = 0.02         # nats that the shares of a part may lack
+_HALVINGS = 6       # at most, where they lack more
 _BIN = 0.08         # seconds, as long as a frame of the audio encoder
+
+
+def _walk(log_probability, start, end, halvings=_HALVINGS):
+    "Integrated gradients of each part of `end`; where they are not complete, each half of the way by itself."
+    found, gap = IntegratedGradients(log_probability).attribute(
+        end, start, n_steps=_STEPS, internal_batch_size=_STEPS_AT_ONCE, return_convergence_delta=True)
+    if halvings == 0 or gap.abs() < _GAP: return found
+    middle = tuple((a + b) / 2 for a, b in zip(start, end))
+    first = _walk(log_probability, start, middle, halvings - 1)
+    second = _walk(log_probability, middle, end, halvings - 1)
+    return tuple(a + b for a, b in zip(first, second))
 
 
 def _integrated_gradients(model, processor, clip, answer):
@@ -189,11 +201,7 @@ def _integrated_gradients(model, processor, clip, answer):
         inputs = processor(clip, missing_ok=True, device=device)
         usual, given, log_probability = _way(model, inputs, answer)
         if not given: return Map()
-        ends = tuple(given.values()), tuple(usual.values())
-        for steps in _STEPS:
-            found, gap = IntegratedGradients(log_probability).attribute(
-                *ends, n_steps=steps, internal_batch_size=_STEPS_AT_ONCE, return_convergence_delta=True)
-            if gap.abs() < _GAP: break
+        found = _walk(log_probability, tuple(usual.values()), tuple(given.values()))
     found = {name: _array(values) for name, values in zip(given, found)}
     sound = patches = None
     if "mel" in found:
@@ -251,7 +259,7 @@ def cover_sound(
     after = clip.audio[last:]
     _require_outside(clip, len(before) + len(after), start, end, "sound")
     cover = make(before, after, last - first)
-    for side, edge in ((before[::-1], cover), (after, cover[::-1])):  # no click: begin as the mirrored outside
+    for side, edge in ((before[::-1], cover), (after, cover[::-1])):  # no click: begin like the outside
         n = min(_FADE, len(side), len(edge))
         rise = np.linspace(0, 1, n)
         edge[:n] = rise * edge[:n] + (1 - rise) * side[:n]
@@ -299,8 +307,8 @@ def _fill_mean(frames, hole):
     return frames[:, _ring(hole)].mean(1, keepdims=True)
 
 
-def _fill_scatter(frames, hole):
-    return np.random.default_rng(0).choice(frames[:, _ring(hole)], int(hole.sum()), axis=1)
+def _fill_usual(frames, hole):
+    return np.median(frames[:, hole > 0], 0, keepdims=True)
 
 
 def _fill_inpaint(frames, hole):
@@ -309,18 +317,20 @@ def _fill_inpaint(frames, hole):
     return np.stack([cv2.inpaint(frame, hole, 3, cv2.INPAINT_TELEA)[hole > 0] for frame in frames])
 
 
-_PLACE = dict(mean=_fill_mean, scatter=_fill_scatter, inpaint=_fill_inpaint)
+_PLACE = dict(usual=_fill_usual, mean=_fill_mean, inpaint=_fill_inpaint)
 
 
 def cover_place(
-    clip: Clip,             # a clip with pictures, cut to the face
-    box,                    # the place: x0, y0, x1, y1 in 0..1 of the picture
-    kind: str = "inpaint",  # one of `COVERS["place"]`
-) -> Clip:                  # a copy
-    """Replace a place in all pictures by something made of the pixels around it alone, picture by picture.
+    clip: Clip,           # a clip with pictures, cut to the face
+    box,                  # the place: x0, y0, x1, y1 in 0..1 of the picture
+    kind: str = "usual",  # one of `COVERS["place"]`
+) -> Clip:                # a copy
+    """Replace a place in all pictures.
 
-    "mean" is the mean colour around the place, "scatter" draws from the pixels around it, "inpaint" lets
-    them grow into it (Telea 2004). Raises `MmferError` when nothing is around."""
+    "usual" is this place's own median over time: what lasts for less than half of the clip is gone, what
+    lasts longer stays. The others know nothing of the place: "mean" is the mean colour around it in each
+    picture, "inpaint" lets the pixels around grow into it (Telea 2004). Raises `MmferError` when nothing is
+    around."""
     fill = choose("cover of a place", kind, _PLACE)
     height, width = clip.frames.shape[1:3]
     x0, y0, x1, y1 = np.round(np.multiply(box, (width, height, width, height))).astype(int)
@@ -396,39 +406,46 @@ def _has(processor, clip):
     return {name for name in processor.modalities if there[name]}
 
 
-def occlude(
-    model: nn.Module,       # a `MultimodalFER`
-    processor: Processor,   # the model's own
-    clip: FaceClip,         # as `processor.read` returns it
-    covers: dict = COVERS,  # which kinds of cover to use on "sound", "pictures", "place"
-    progress: bool = False, # show a progress bar
-) -> Map:                   # `patches`: frames times place, where both are positive, sums to 1
-    """How much the answer's log-probability falls when a window or a place is covered.
+_USED = COVERS | dict(place=("usual",))  # the other covers of a place make faces that nobody has
 
-    A bin of the map stands for the window around it, a patch for the squares that hold it. Of several kinds
-    of cover the smallest fall counts: what one kind alone does may be that cover's own doing.
-    After Zeiler & Fergus 2014. Raises `MmferError` for an unknown kind."""
+
+def _log_odds(log_probability):
+    others = np.maximum(-np.expm1(log_probability), 1e-15)  # the probability of all other answers
+    return log_probability - np.log(others)
+
+
+def occlude(
+    model: nn.Module,        # a `MultimodalFER`
+    processor: Processor,    # the model's own
+    clip: FaceClip,          # as `processor.read` returns it
+    covers: dict = _USED,    # which kinds of cover to use on "sound", "pictures", "place"
+    progress: bool = False,  # show a progress bar
+) -> Map:                   # `patches`: frames times place, where both are positive, sums to 1
+    """How far the answer's log-odds fall when a window or a place is covered, on average over kinds of cover.
+
+    A bin of the map stands for the window around it, a patch for the squares that hold it. Log-odds, since a
+    probability near 1 hardly moves. After Zeiler & Fergus 2014. Raises `MmferError` for an unknown kind."""
     clip = processor.crop(clip)
     has = _has(processor, clip)
     grid = processor.grid
     boxes = _boxes(grid)
     versions = {}
-    for kind in covers.get("sound", ()) if "audio" in has else ():
+    if "audio" in has and "sound" in covers:
         windows = _windows(_WINDOWS) * clip.duration
-        versions["sound", kind] = [cover_sound(clip, *window, kind) for window in windows]
-    for kind in covers.get("pictures", ()) if "video" in has else ():
+        versions["sound"] = [cover_sound(clip, *w, kind) for kind in covers["sound"] for w in windows]
+    if "video" in has and "pictures" in covers:
         windows = _windows(len(clip.frames)) * clip.duration
-        versions["pictures", kind] = [cover_pictures(clip, *window, kind) for window in windows]
-    for kind in covers.get("place", ()) if "video" in has else ():
-        versions["place", kind] = [cover_place(clip, box / grid, kind) for box in boxes]
-    before, *after = log_probabilities(model, processor, [clip, *sum(versions.values(), [])], progress)
-    falls = before.max() - np.array(after)[:, before.argmax()]
-    ends = np.cumsum([len(v) for v in versions.values()])
-    by_kind = dict(zip(versions, np.split(falls, ends[:-1])))
-    least = {}
-    for (part, _), fall in by_kind.items(): least[part] = np.minimum(fall, least.get(part, np.inf))
-    result = Map(least.get("sound"), frames=least.get("pictures"))
-    if "place" in least: result.place = _spread(boxes, least["place"], grid)
+        kinds = covers["pictures"]
+        versions["pictures"] = [cover_pictures(clip, *w, kind) for kind in kinds for w in windows]
+    if "video" in has and "place" in covers:
+        versions["place"] = [cover_place(clip, box / grid, kind) for kind in covers["place"] for box in boxes]
+    answers = log_probabilities(model, processor, [clip, *sum(versions.values(), [])], progress)
+    before, *after = _log_odds(answers[:, answers[0].argmax()])
+    after = np.split(after, np.cumsum([len(covered) for covered in versions.values()]))
+    after = {part: odds.reshape(len(covers[part]), -1).mean(0) for part, odds in zip(versions, after)}
+    falls = {part: before - mean for part, mean in after.items()}
+    result = Map(falls.get("sound"), frames=falls.get("pictures"))
+    if "place" in falls: result.place = _spread(boxes, falls["place"], grid)
     if result.frames is None or result.place is None: return result
     result.patches = np.multiply.outer(result.frames.clip(0), result.place.clip(0))
     result.patches /= result.patches.sum() or 1
@@ -476,7 +493,7 @@ class Explanation:
     @property
     def emotion(self): return self.probabilities.idxmax()
 
-# %% ../nbs/17_explain.ipynb #expl0002
+
 def explain(
     model: nn.Module,          # a `MultimodalFER`
     processor: Processor,      # the model's own

@@ -79,8 +79,8 @@ class FEROutput(ModelOutput):
     audio_attention: torch.Tensor = None     # weight of each sound frame in each segment, `[B, S, L]`
     visual_scores: torch.Tensor = None       # importance logit of each patch, `[B, T, N]`
     visual_kept: torch.Tensor = None         # patches that were kept, `[B, T, k]`
-    visual_gates: torch.Tensor = None        # what each of them was multiplied with, 1 on average, `[B, T, k]`
-    fusion_attention: torch.Tensor = None    # who looks at whom: a1 v1 ... a8 v8, `[B, layers, heads, 16, 16]`
+    visual_gates: torch.Tensor = None        # what each of them was multiplied with, `[B, T, k]`
+    fusion_attention: torch.Tensor = None    # who looks at whom, `[B, layers, heads, 16, 16]`
     temporal_attention: torch.Tensor = None  # weight of each segment, `[B, S]`
 
 # %% ../nbs/11_model.ipynb #6bb5c2df

@@ -43,6 +43,7 @@ def trust_line(
     asked = dict(zip(PARTS, ("the cue's time in the sound", "in the pictures", "its place")))
     told = [f"{words} in {score[part]:.0%} (chance {score[f'{part}_chance']:.0%})"
             for part, words in asked.items() if not np.isnan(score[part])]
+    if not told: return f"How far to trust {method}: nobody has measured it."
     route = " It shows where information passed, not why." if method in _SHARES else ""
     return (f"How far to trust {method}: on unseen cartoons, where the cue is known, its peak hit "
             f"{', '.join(told)} of the clips. For this clip nobody knows.{route}")
@@ -52,7 +53,8 @@ def by_trust(
     explanation: Explanation,  # as `explain` returns it
 ) -> list:                     # names of its methods
     "The methods of an explanation, the one that was most often right where the truth is known first."
-    scores = pd.DataFrame(TRUST).loc[[*PARTS], [*explanation.maps]].mean()
+    experiments_first = [*explanation.maps][::-1]  # where two were right equally often
+    scores = pd.DataFrame(TRUST).loc[[*PARTS], experiments_first].mean()
     return [*scores.sort_values(ascending=False, kind="stable").index]
 
 # %% ../nbs/19_page.ipynb #136b3948
@@ -72,18 +74,24 @@ _AGAINST = dict(fill=True, facecolor="#F5C9A8", edgecolor="#D55E00", hatch="////
 _CUE = dict(color="#E69F00", ls="--", lw=1.8)  # the truth looks the same in every picture
 
 
+def _points(values, method):
+    "Does a map point anywhere? Not where nothing speaks for the answer, nor to a fall of next to nothing."
+    return values.max() > (0.05 if method == "occlusion" else 0)
+
+
 def _peak_time(values, duration):
     "The middle of the bin that counts most, seconds."
     return float((values.argmax() + 0.5) / len(values) * duration)
 
 
-def _draw_weights(ax, e, values, title, unit):
+def _draw_weights(ax, e, values, title, method):
     edges = np.linspace(0, e.duration, len(values) + 1)
     ax.stairs(values.clip(min=0), edges, **_FOR)
     if values.min() < 0: ax.stairs(values.clip(max=0), edges, **_AGAINST)
-    if values.max() > 0: ax.plot(_peak_time(values, e.duration), values.max(), "kv", clip_on=False)
+    if _points(values, method): ax.plot(_peak_time(values, e.duration), values.max(), "kv", clip_on=False)
+    else: title += ", points nowhere"
     ax.axhline(0, color="black", lw=0.8)
-    ax.set(title=title, ylabel=unit, xlim=(0, e.duration))
+    ax.set(title=title, ylabel="share" if method in _SHARES else "nats", xlim=(0, e.duration))
 
 # %% ../nbs/19_page.ipynb #40705217
 def _veil(patches):
@@ -92,9 +100,9 @@ def _veil(patches):
     return 0.65 * (1 - np.sqrt(weight / (weight.max() or 1)))  # the root keeps small weights visible
 
 
-def _peak_box(place):
-    "The patch that counts most, as a box [x0, y0, x1, y1] in 0..1; None where none speaks for the answer."
-    if place.max() <= 0: return None
+def _peak_box(place, method):
+    "The patch that counts most, as a box [x0, y0, x1, y1] in 0..1; None where the map points nowhere."
+    if not _points(place, method): return None
     row, column = np.unravel_index(place.argmax(), place.shape)
     return np.array([column, row, column + 1, row + 1]) / len(place)
 
@@ -116,15 +124,16 @@ def _draw_picture(ax, frame, veil, peak, left, right):
     _draw_box(ax, peak, left, right, color="white", lw=1.5)
 
 # %% ../nbs/19_page.ipynb #c2557ed1
-def _draw_film(ax, e, clip, weights, truth):
+def _draw_film(ax, e, clip, method, truth):
     "Of each eighth of the clip the picture that counts most; the true place is dashed while the cue lasts."
+    weights = e.maps[method]
     veil = _veil(weights.patches)
     edges = np.linspace(0, e.duration, 9)
     for left, right in zip(edges, edges[1:]):
         here = np.flatnonzero((clip.times >= left) & (clip.times < right))
         if not len(here): here = [np.abs(clip.times - (left + right) / 2).argmin()]
         t = max(here, key=lambda t: weights.frames[t])
-        _draw_picture(ax, clip.frames[t], veil[t], _peak_box(weights.place), left, right)
+        _draw_picture(ax, clip.frames[t], veil[t], _peak_box(weights.place, method), left, right)
         if truth and truth["start"] <= clip.times[t] < truth["end"]:
             for box in truth["place"]: _draw_box(ax, box, left, right, **_CUE)
     title = "Pictures as the model gets them: bright counts, the square most"
@@ -216,10 +225,9 @@ def _draw_answer(ax, probabilities):
 def _timed_rows(e, clip, method, truth):
     "The drawings that share the axis of time, with their heights in inches."
     weights = e.maps[method]
-    unit = "share" if method in _SHARES else "nats"
-    def bars(values, what): return 0.8, lambda ax: _draw_weights(ax, e, values, f"{what}: {method}", unit)
+    def bars(values, what): return 0.8, lambda ax: _draw_weights(ax, e, values, f"{what}: {method}", method)
     rows = []
-    if weights.patches is not None: rows.append((1.7, lambda ax: _draw_film(ax, e, clip, weights, truth)))
+    if weights.patches is not None: rows.append((1.7, lambda ax: _draw_film(ax, e, clip, method, truth)))
     if weights.frames is not None: rows.append(bars(weights.frames, "Weight of the pictures"))
     if weights.sound is not None:
         rows.append((1.2, lambda ax: _draw_mel(ax, clip)))
@@ -317,17 +325,17 @@ def _weights_row(e, methods, what):
     for method in methods:
         values = e.maps[method].sound if what == "sound" else e.maps[method].frames
         if values is None: continue
-        peak = _peak_time(values, e.duration)
-        label = f"{method}, weight of the {what}: "
+        unit = "of the whole" if method in _SHARES else "nats"
+        told = f"Weight of the {what}: {method}, up to {values.max():.3f} {unit}, "
         mark = ""
-        if values.max() <= 0: label += "nothing speaks for the answer"
+        if not _points(values, method): told += "points nowhere"
         else:
-            label += f"the peak is at {peak:.2f} of {e.duration:.2f} seconds"
+            peak = _peak_time(values, e.duration)
+            told += f"peak at {peak:.2f} s"
             left = f"left:{100 * peak / e.duration:.2f}%"
             mark = f'<span class="peak" style="{left}" aria-hidden="true">▼</span>'
-        unit = "of the whole" if method in _SHARES else "nats"
-        title = f"<h3>Weight of the {what}: {html.escape(method)}, up to {values.max():.3f} {unit}</h3>"
-        layers.append(_layer(method, methods, f'{title}<div class="bars">{mark}{_bars(values, label)}</div>'))
+        bars = f'<div class="bars">{mark}{_bars(values, told)}</div>'
+        layers.append(_layer(method, methods, f"<h3>{html.escape(told)}</h3>{bars}"))
     return "".join(layers)
 
 # %% ../nbs/19_page.ipynb #f0a8ddfd
@@ -523,7 +531,7 @@ _PAGE = Template("""<!DOCTYPE html>
 <main style="--now: 0; --n: $n" $facts>
 <header>
 <h1>$title</h1>
-$trust
+<div aria-live="polite">$trust</div>
 </header>
 <section class="player" aria-label="player">
 $screen
@@ -560,7 +568,7 @@ def _screen(e, clip, methods, truth):
     for method in methods:
         weights = e.maps[method]
         if weights.patches is None: continue
-        peak = _peak_box(weights.place)
+        peak = _peak_box(weights.place, method)
         square = "" if peak is None else _box(peak, 'class="square"')
         parts.append(_layer(method, methods, more=' class="veil"'))
         parts.append(_layer(method, methods, square, ' style="inset:0"'))

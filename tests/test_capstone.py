@@ -1,4 +1,5 @@
 """The capstone: its form, what it decides, what it says when something is amiss, and that it goes on."""
+import copy
 import json
 import re
 import shutil
@@ -16,6 +17,8 @@ from execnb.shell import CaptureShell
 from mmfer import core, stages
 from mmfer.core import MmferError, pick_tier
 from mmfer.corpus import Corpus
+from mmfer.explain import even_shares
+from mmfer.model import MultimodalFER, example_clip
 from mmfer.toy import make_toy
 
 NOTEBOOK = json.loads((Path(__file__).parent.parent / "nbs/21_capstone.ipynb").read_text(encoding="utf-8"))
@@ -165,6 +168,28 @@ def test_a_mistake_is_one_sentence_without_a_traceback():
     assert "MmferError: the disk is full: make room" in said and "Traceback" not in said
 
 
+# Looking inside
+
+
+def test_without_attention_all_segments_and_all_sound_frames_count_the_same():
+    function, _ = "".join(CELLS["attention6"]["source"]).split("\n\n\ndef ask_again")
+    names = dict(copy=copy, torch=torch)
+    exec(function, names)
+    model = MultimodalFER.from_preset("tiny", ("happy", "sad")).eval()
+    queries = [weight for name, weight in model.named_parameters() if name.endswith("query")]
+    for query in queries: torch.nn.init.normal_(query)
+    clip = example_clip(model)
+    clip["audio"].normal_(generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(**clip)
+        even = names["without_attention"](model)(**clip)
+        assert torch.equal(model(**clip).logits, before.logits), "the model itself has changed"
+    assert (before.temporal_attention - 1 / 8).abs().max() > 0.01
+    torch.testing.assert_close(even.temporal_attention, torch.full((1, 8), 1 / 8))
+    shares = torch.tensor(even_shares(even.audio_attention.shape[-1], 8)).float()
+    torch.testing.assert_close(even.audio_attention[0], shares)
+
+
 # That it goes on
 
 
@@ -199,6 +224,7 @@ def test_own_clips_in_all_folds_and_again(quick, people, tmp_path, monkeypatch):
     assert sorted(folder.name for folder in out.glob("fold_*")) == ["fold_1", "fold_2", "fold_3"]
     assert metrics["fused"]["n_clips"] == len(pd.read_csv(people))
     assert metrics["unseen_speakers"] and metrics["seed"] == 0
+    assert {"explanation.png", "explanation.html", "other.html"} <= {file.name for file in out.iterdir()}
     curves = [picture for picture in pictures if hasattr(picture, "axes")]
     assert len(curves) > 3 * 3 * 3, "three folds, three systems, three epochs: a picture after each"
 

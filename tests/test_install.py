@@ -14,7 +14,7 @@ COLAB = {  # what Colab has of all that is needed
     "torch", "torchaudio", "torchvision", "transformers", "accelerate", "numpy", "pandas", "scikit-learn",
     "matplotlib", "seaborn", "jupyter", "ipywidgets", "pooch", "opencv-python-headless", "safetensors",
     "huggingface-hub", "pydantic", "fastcore", "joblib", "threadpoolctl", "scipy", "pyyaml", "filelock",
-    "requests", "urllib3", "tqdm", "typing-extensions"}
+    "requests", "urllib3", "tqdm", "typing-extensions", "packaging"}
 
 
 def settings():

@@ -27,7 +27,8 @@ file = pytest.mark.parametrize("path", WRITTEN, ids=lambda p: str(p.relative_to(
 # A module imports only from those before it; `lesson` is for the chapters alone.
 ORDER = ("core", "lesson", "media", "corpus", "toy", "faces", "processor", "audio", "visual", "fusion",
          "classifier", "weights", "model", "losses", "augment", "cache", "runs", "trainer", "stages",
-         "evaluate", "explain", "truth", "page", "errors", "prepare", "download", "features", "ablations", "cli")
+         "evaluate", "explain", "truth", "page", "errors", "prepare", "download", "features", "ablations",
+         "cli")
 
 
 PUBLIC = re.compile(r"^__all__ = \[.*?\]\n", re.S | re.M)

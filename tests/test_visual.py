@@ -1,5 +1,7 @@
 """The visual branch: invariances, gradients, freezing, saving."""
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,10 @@ from safetensors.torch import load_file, save_file
 from mmfer import visual
 from mmfer.core import MmferError, count_parameters, lengths_to_mask, seed_everything
 from mmfer.visual import VISUAL_PRESETS, VisualBranch, VisualConfig, enable_gradient_checkpointing
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import roi_study  # noqa: E402
 
 SMALL = dict(
     d_model=32, layers=2, heads=2, ffn=64, image_size=32, patch_size=8, top_k=5, temporal_layers=3,
@@ -346,3 +352,11 @@ def test_as_many_logits_as_emotions(n):
     (torch.full((1, 2, 3, 32, 32), 200.0), "between 0 and 1")])
 def test_wrong_video_is_refused(branch, video, words):
     with pytest.raises(MmferError, match=words): branch(video)
+
+
+def test_the_chapter_shows_what_the_study_of_roi_has_measured():
+    results = ROOT / "benchmarks" / "results" / "roi_study.json"
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    cells = json.loads((ROOT / "nbs" / "07_visual.ipynb").read_text(encoding="utf-8"))["cells"]
+    chapter = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    for tower in roi_study.TOWERS: assert roi_study.table(rows, tower) in chapter
