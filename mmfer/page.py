@@ -136,7 +136,8 @@ def _draw_film(ax, e, clip, method, truth):
         _draw_picture(ax, clip.frames[t], veil[t], _peak_box(weights.place, method), left, right)
         if truth and truth["start"] <= clip.times[t] < truth["end"]:
             for box in truth["place"]: _draw_box(ax, box, left, right, **_CUE)
-    title = "Pictures as the model gets them: bright counts, the square most"
+    title = "Pictures as the model gets them: bright counts"
+    title += ", the square most" if _points(weights.place, method) else ", no place counts in all of them"
     if truth: title += ", true place dashed"
     ax.set(xlim=(0, e.duration), ylim=(0, 1), yticks=[], title=title)
 
