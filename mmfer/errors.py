@@ -7,7 +7,6 @@ __all__ = ['describe_answers', 'hardest_clips', 'confident_mistakes', 'clip_film
            'browse_confusion', 'fused_features', 'plot_feature_map', 'neighbour_shares']
 
 # %% ../nbs/20_errors.ipynb #87af2875
-import base64
 import html
 import tempfile
 from fractions import Fraction
@@ -31,6 +30,7 @@ from .core import PALETTE, choose, inference, require
 from .evaluate import emotions_of, probabilities_of, score_results
 from .faces import resize
 from .media import SAMPLE_RATE, write_clip
+from .page import _data_uri
 from .processor import FaceClip, model_inputs
 
 # %% ../nbs/20_errors.ipynb #033a168e
@@ -92,9 +92,6 @@ def _strip(clip, n=6):
     if not clip.has_video: return np.zeros((64, 64 * n, 3), np.uint8)
     middles = (np.arange(n) + 0.5) / n * len(clip.frames)
     return np.hstack(resize(clip.frames[middles.astype(int)], 64))
-
-
-def _data_uri(kind, data): return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 _ROW = """<tr>

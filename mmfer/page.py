@@ -172,12 +172,17 @@ def fusion_pattern(
     return f"Strongest pattern: {name}, {ratios[name]:.1f} times an even share ({maps})."
 
 # %% ../nbs/19_page.ipynb #89ee109b
-def _draw_fusion(ax, fusion):
-    "Who looks at whom, beside an even share of what it may look at; grey: may not look."
+def _times_even(fusion):
+    "Who looks at whom, beside an even share of what it may look at, and the names of the tokens."
     mean = fusion.mean((0, 1))
     allowed = mean > 0
-    times_even = np.where(allowed, mean * allowed.sum(1, keepdims=True), np.nan)
     names = [f"{m}{k + 1}" for k in range(len(mean) // 2) for m in "av"]
+    return np.where(allowed, mean * allowed.sum(1, keepdims=True), np.nan), names
+
+
+def _draw_fusion(ax, fusion):
+    "The map of the fusion; grey: may not look."
+    times_even, names = _times_even(fusion)
     image = ax.imshow(times_even, cmap="cividis", vmin=0)
     ax.figure.colorbar(image, ax=ax, label="attention, 1 = even", shrink=0.85)
     ax.set(title=textwrap.fill(fusion_pattern(fusion), 46), ylabel="looks", facecolor="#DDDDDD",
@@ -610,10 +615,9 @@ def _table(values, unit):
 
 def _fusion_figure(fusion):
     "The map of the fusion with its axes, and its sentence below."
-    mean = fusion.mean((0, 1))
-    times_even = mean * (mean > 0).sum(1, keepdims=True)
-    image = _png(np.ma.masked_equal(times_even, 0), cmap="cividis", vmin=0)
-    axis = "".join(f"<span>{m}{k + 1}</span>" for k in range(len(mean) // 2) for m in "av")
+    times_even, names = _times_even(fusion)
+    image = _png(np.ma.masked_invalid(times_even), cmap="cividis", vmin=0)
+    axis = "".join(f"<span>{name}</span>" for name in names)
     told = html.escape(fusion_pattern(fusion))
     axes = f"<div>{axis}</div><div>{axis}</div>"
     return (f'<figure><div class="fusion">{axes}<img src="{image}" alt="{told}"></div><figcaption>{told} '
